@@ -1,0 +1,249 @@
+"""Find the decoder blocks of any causal language model, and their matrices, by structure; run one block at a time.
+
+A decoder block is an entry of the longest `ModuleList` of modules that contain linear layers; no architecture is named here.
+The model's own `forward` stays the driver: `BlockRunner` lets it prepare masks and position tables, passes hidden states through
+the blocks that are not wanted, and stops it after the one that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bondsmith.model.source import ModelError
+
+Linear = nn.Linear | Conv1D
+
+
+def find_blocks(model: nn.Module) -> str:
+    """Returns the path of the `ModuleList` of decoder blocks: the longest outermost one whose entries hold linear layers."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inner = any(path.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inner and len(module) and all(matrices(m) for m in module):
+            found[path] = module
+    if not found:
+        raise ModelError(f"{type(model).__name__}: no list of blocks with linear layers was found in it")
+    return max(found, key=lambda path: (len(found[path]), sum(p.numel() for p in found[path].parameters())))
+
+
+def matrices(block: nn.Module) -> dict[str, Linear]:
+    """Returns the weight matrices of a block by their names inside it: its `nn.Linear` and `Conv1D` modules."""
+    return {name: m for name, m in block.named_modules() if name and isinstance(m, nn.Linear | Conv1D)}
+
+
+def shape(matrix: Linear) -> tuple[int, int]:
+    """Returns (out features, in features); transformers' `Conv1D` stores its weight the other way round."""
+    rows, columns = matrix.weight.shape
+    return (columns, rows) if isinstance(matrix, Conv1D) else (rows, columns)
+
+
+def weight(matrix: Linear) -> Tensor:
+    """Returns the weight as (out features, in features)."""
+    return matrix.weight.T if isinstance(matrix, Conv1D) else matrix.weight
+
+
+class _Stop(Exception):
+    """The hidden state that was wanted is there; the rest of the forward pass is not needed."""
+
+
+class _Gate(nn.Module):
+    """Stands in the block list for a block: calls `act` on the hidden state, and passes attribute look-ups on."""
+
+    def __init__(self, block: nn.Module, act: Callable[[Tensor, Callable[[Tensor], Any]], Any]):
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: state dicts and .to() must not see it twice
+        self._act = act
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        by_name = not args
+        hidden = kwargs.pop("hidden_states") if by_name else args[0]
+
+        def run(value: Tensor) -> Any:
+            return self._block(hidden_states=value, **kwargs) if by_name else self._block(value, *args[1:], **kwargs)
+
+        return self._act(hidden, run)
+
+
+class BlockRunner:
+    """Runs a causal language model block by block: `enter`, then `block(0)`, `block(1)`, ..., then `logits`.
+
+    Only the embedding, the block that runs and the head need weights; the others may stay on the meta device.
+    Hidden states are (windows, tokens, width); input ids (windows, tokens), without padding.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.path = find_blocks(model)
+        self._tuples = False
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.path)  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def enter(self, ids: Tensor) -> Tensor:
+        """Returns the hidden state that goes into the first block."""
+        kept: list[Tensor] = []
+
+        def act(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            kept.append(hidden)
+            raise _Stop
+
+        self._drive(ids, {0: act})
+        return kept[0]
+
+    def block(self, index: int, ids: Tensor, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
+        """Returns the hidden state after block `index`, or after `module` in its place, for `hidden` going in."""
+        kept: list[Tensor] = []
+
+        def act(arrived: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            if arrived.shape != hidden.shape:
+                raise _WrongReturnError
+            out = run(hidden)
+            self._tuples = isinstance(out, tuple)
+            kept.append(out[0] if isinstance(out, tuple) else out)
+            raise _Stop
+
+        try:
+            self._drive(ids, {index: act}, {index: module} if module is not None else {})
+        except _WrongReturnError:  # the model indexes what its blocks return
+            self._tuples = not self._tuples
+            self._drive(ids, {index: act}, {index: module} if module is not None else {})
+        return kept[0]
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Returns the logits (windows, tokens, vocabulary) for the hidden state after the last block."""
+
+        def act(arrived: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            return (hidden,) if self._tuples else hidden
+
+        out: Tensor = self._drive(ids, {len(self) - 1: act}).logits
+        return out
+
+    def _drive(self, ids: Tensor, acts: dict[int, Any], modules: dict[int, nn.Module] | None = None) -> Any:
+        with self._gates(acts, modules or {}):
+            try:
+                return self.model(input_ids=ids, use_cache=False)
+            except _Stop:
+                return None
+
+    @contextmanager
+    def _gates(self, acts: dict[int, Any], modules: dict[int, nn.Module]) -> Iterator[None]:
+        blocks = self.blocks
+        originals = list(blocks)
+
+        def passing(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            return (hidden,) if self._tuples else hidden
+
+        try:
+            for i, original in enumerate(originals):
+                blocks[i] = _Gate(modules.get(i, original), acts.get(i, passing))
+            yield
+        finally:
+            for i, original in enumerate(originals):
+                blocks[i] = original
+
+
+class _WrongReturnError(Exception):
+    """A block's stand-in returned a tensor where the model expects a tuple, or the other way round."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of a block that read the same input, in call order.
+
+    Attributes:
+        names: their names inside the block.
+        in_features: width of the input.
+        writes: True where the output goes into the residual stream (attention output, MLP output).
+        last: True for the last group of the block.
+    """
+
+    names: tuple[str, ...]
+    in_features: int
+    writes: bool
+    last: bool
+
+
+def trace_groups(block: nn.Module, run: Callable[[], Any], width: int) -> list[Group]:
+    """Returns the groups of a block in call order, found by running it once.
+
+    A matrix writes into the residual stream when it is alone on its input, gives the stream's `width` back and is not the first.
+    """
+    calls: list[tuple[str, Tensor]] = []
+    handles = [
+        matrix.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
+        for name, matrix in matrices(block).items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared: list[tuple[list[str], Tensor]] = []
+    for name, seen in calls:
+        group = next((names for names, other in shared if other is seen or _same(other, seen)), None)
+        if group is None:
+            shared.append(([name], seen))
+        elif name not in group:
+            group.append(name)
+    table = matrices(block)
+    return [
+        Group(
+            tuple(names),
+            seen.shape[-1],
+            writes=i > 0 and len(names) == 1 and shape(table[names[0]])[0] == width,
+            last=i == len(shared) - 1,
+        )
+        for i, (names, seen) in enumerate(shared)
+    ]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+class _Reached(_Stop):
+    """The matrix whose input was wanted has been called."""
+
+
+@contextmanager
+def capture_inputs(block: nn.Module, groups: list[Group], *, stop: bool = False) -> Iterator[dict[int, Tensor]]:
+    """Collects the inputs of groups, (tokens, features), while a block runs: yields {position in `groups`: input}.
+
+    With `stop`, the pass ends as soon as the last of them is there.
+    """
+    seen: dict[int, Tensor] = {}
+    handles = []
+
+    def hook(position: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[position] = args[0].detach().reshape(-1, args[0].shape[-1])
+            if stop and len(seen) == len(groups):
+                raise _Reached
+
+        return keep
+
+    for position, group in enumerate(groups):
+        handles.append(block.get_submodule(group.names[0]).register_forward_pre_hook(hook(position)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
