@@ -1,5 +1,35 @@
-"""Makes language models small with tensor networks."""
+"""Makes language models small with tensor networks.
 
+Importing the package teaches transformers to load compressed models; the rest is imported when it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import bondsmith.model.hub  # noqa: F401  registers the quantizer, so that from_pretrained works
 from bondsmith._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from bondsmith.model.source import ModelError
+    from bondsmith.nn.linear import MPOLinear
+    from bondsmith.pipeline import Compressed, compress, load
+    from bondsmith.recipe import Recipe
+    from bondsmith.stages.plan import Plan
+
+_HOMES = {
+    "Compressed": "bondsmith.pipeline",
+    "MPOLinear": "bondsmith.nn.linear",
+    "ModelError": "bondsmith.model.source",
+    "Plan": "bondsmith.stages.plan",
+    "Recipe": "bondsmith.recipe",
+    "compress": "bondsmith.pipeline",
+    "load": "bondsmith.pipeline",
+}
+
+__all__ = ["Compressed", "MPOLinear", "ModelError", "Plan", "Recipe", "__version__", "compress", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'bondsmith' has no attribute {name!r}")

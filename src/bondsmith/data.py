@@ -1,0 +1,234 @@
+"""Token windows for calibration and evaluation, from files, hub data sets or the model's own samples.
+
+A SPEC is one of
+    self                        samples of the model itself; needs no data
+    FILE.txt                    one document per blank-line separated paragraph group (the whole file when it has none)
+    FILE.jsonl, FILE.jsonl.gz   one document a row: column `text`, `page` or `messages` (chat, through the model's own template)
+    hf:DATASET[:CONFIG[:SPLIT]] the same columns of a hub data set (split `train` by default)
+
+Documents are shuffled with the seed, tokenised, joined and cut into windows of equal length. The documents used for calibration and
+for evaluation never overlap: evaluation takes its windows first, calibration goes on with the documents that are left.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("text", "page", "messages")
+SELF = "self"
+_HUB_ROWS = 10_000  # of a hub data set are streamed and shuffled; more would only cost download
+
+
+class DataError(ValueError):
+    """A calibration or evaluation text cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens from one source.
+
+    Attributes:
+        spec: where they come from.
+        ids: token ids, (windows, tokens), int64.
+        documents: how many documents they were cut from.
+        sha256: digest of the token ids.
+    """
+
+    spec: str
+    ids: Tensor
+    documents: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the row of `results.json`: spec, documents, tokens, sha256."""
+        return {"spec": self.spec, "documents": self.documents, "tokens": self.ids.numel(), "sha256": self.sha256}
+
+
+def check_spec(spec: str) -> None:
+    """Raises DataError if a SPEC can't be read: bad form, missing file, a column that is not there, no row."""
+    if spec == SELF or spec.startswith("hf:"):
+        if spec.startswith("hf:") and not spec[3:].split(":")[0]:
+            raise DataError(f"{spec}: write hf:DATASET[:CONFIG[:SPLIT]]")
+        return
+    if next(_documents(spec), None) is None:
+        raise DataError(f"{spec} is empty: a calibration text needs at least one document")
+
+
+def read_windows(
+    spec: str, tokenizer: Any, *, count: int, window: int, seed: int = 0, skip: int = 0, at_least: int = 1
+) -> Windows:
+    """Returns up to `count` windows of `window` tokens of a SPEC other than `self`, from the documents after the first `skip`.
+
+    Args:
+        at_least: fewer windows than this is an error.
+
+    Raises:
+        DataError: the file, data set or column is missing, or the text is too short.
+    """
+    documents = list(_documents(spec))
+    random.Random(seed).shuffle(documents)
+    tokens: list[int] = []
+    used = 0
+    for document in documents[skip:]:
+        if len(tokens) >= count * window:
+            break
+        tokens += _tokenise(document, tokenizer, spec)
+        used += 1
+    found = min(len(tokens) // window, count)
+    if found < at_least:
+        raise DataError(
+            f"{spec} is too short: {len(tokens)} tokens in {used} documents, {at_least * window} are needed "
+            f"({at_least} windows of {window}); give more text, a smaller --tokens or --window"
+        )
+    return Windows(spec, torch.tensor(tokens[: found * window]).view(found, window), used)
+
+
+def split_windows(
+    specs: Sequence[str], tokenizer: Any, *, tokens: int, held_out: int, window: int, seed: int
+) -> tuple[list[Windows], list[Windows]]:
+    """Returns (calibration, held-out) windows of file and hub specs: `tokens` calibration tokens in all, `held_out` windows each."""
+    share = -(-tokens // window // len(specs)) if specs else 0
+    calibration, evaluation = [], []
+    for spec in specs:
+        held = read_windows(spec, tokenizer, count=held_out, window=window, seed=seed) if held_out else None
+        skip = held.documents if held else 0
+        at_least = max(1, (tokens // window // len(specs)) // 2)
+        calibration.append(
+            read_windows(spec, tokenizer, count=share, window=window, seed=seed, skip=skip, at_least=at_least)
+        )
+        evaluation += [held] if held else []
+    return calibration, evaluation
+
+
+def sample_windows(model: Any, tokenizer: Any, *, count: int, window: int, seed: int, batch: int = 32) -> Iterator[Tensor]:
+    """Yields batches of the model's own samples, (windows, tokens) each, `count` windows in all.
+
+    Half of them start from the beginning-of-text token; where the tokenizer has a chat template, the other half start inside a user's
+    turn, so that the model writes the question and then its answer (after Xu et al. 2024, arXiv 2406.08464).
+    """
+    starts = [_plain_start(model, tokenizer)]
+    if chat := _chat_start(tokenizer):
+        starts.append(chat)
+    torch.manual_seed(seed)
+    shares = [count // len(starts)] * len(starts)
+    shares[0] += count - sum(shares)
+    config = model.generation_config.__class__(
+        do_sample=True, temperature=1.0, top_k=0, top_p=0.95, eos_token_id=None, pad_token_id=0, use_cache=True
+    )
+    for start, share in zip(starts, shares, strict=True):
+        for first in range(0, share, batch):
+            prompt = torch.tensor([start] * min(batch, share - first), device=model.device)
+            config.max_length = window
+            with torch.no_grad():
+                out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            yield out.cpu()
+
+
+def _plain_start(model: Any, tokenizer: Any) -> list[int]:
+    for token in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id, model.config.eos_token_id):
+        if isinstance(token, int):
+            return [token]
+    return [0]
+
+
+def _chat_start(tokenizer: Any) -> list[int] | None:
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    mark = "\u2402bondsmith\u2403"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+    head, found, _ = text.partition(mark)
+    ids: list[int] = tokenizer(head, add_special_tokens=False)["input_ids"]
+    return ids if found and ids else None
+
+
+def _tokenise(document: str | list[dict[str, str]], tokenizer: Any, spec: str) -> list[int]:
+    if isinstance(document, str):
+        text_ids: list[int] = tokenizer(document, verbose=False)["input_ids"]
+        end = tokenizer.eos_token_id
+        return [*text_ids, end] if end is not None and text_ids[-1:] != [end] else text_ids
+    if not getattr(tokenizer, "chat_template", None):
+        text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in document)
+        return _tokenise(text, tokenizer, spec)
+    chat_text = tokenizer.apply_chat_template(document, tokenize=False)
+    ids: list[int] = tokenizer(chat_text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _documents(spec: str) -> Iterator[str | list[dict[str, str]]]:
+    if spec.startswith("hf:"):
+        yield from _hub_documents(spec)
+        return
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise DataError(f"{spec}: no such file (a SPEC is self, a .txt, .jsonl or .jsonl.gz file, or hf:DATASET)")
+    if path.suffix == ".txt":
+        yield from _paragraphs(path.read_text(encoding="utf-8", errors="replace"))
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _rows(spec, path)
+    else:
+        raise DataError(f"{spec}: a calibration file ends in .txt, .jsonl or .jsonl.gz")
+
+
+def _paragraphs(text: str, size: int = 4000) -> Iterator[str]:
+    """Yields pieces of at least `size` characters, cut at blank lines, so that a held-out part can be kept apart."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        piece += paragraph + "\n\n"
+        if len(piece) >= size:
+            yield piece
+            piece = ""
+    if piece.strip():
+        yield piece
+
+
+def _rows(spec: str, path: Path) -> Iterator[str | list[dict[str, str]]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield from _document(json.loads(line), f"{spec}, line {number}")
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{spec} is not JSON lines: {error}") from error
+
+
+def _document(row: Any, where: str) -> Iterator[str | list[dict[str, str]]]:
+    column = next((c for c in COLUMNS if isinstance(row, dict) and c in row), None)
+    if column is None:
+        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{where}: none of the columns {', '.join(COLUMNS)} is there (found: {columns})")
+    if row[column]:
+        yield row[column]
+
+
+def _hub_documents(spec: str) -> Iterator[str | list[dict[str, str]]]:
+    name, config, split = [*spec[3:].split(":"), "", ""][:3]
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(f"{spec}: hub data sets need the extra: pip install 'bondsmith[eval]'") from error
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(rows):
+            if number == _HUB_ROWS:
+                return
+            yield from _document(row, f"{spec}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many types: no such data set, configuration or split, no network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{spec} cannot be read: {reason[:300]}") from error

@@ -1,0 +1,121 @@
+"""Write a compressed checkpoint shard by shard: every file appears complete or not at all, the index and configuration last."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bondsmith.model.hub import FORMAT, METHOD
+from bondsmith.model.source import Source
+
+INDEX = "bondsmith.safetensors.index.json"
+SHIM = "modeling_bondsmith.py"
+
+
+class DiskFullError(OSError):
+    """No room is left; what was finished is kept, and the message says how much more is needed and how to go on."""
+
+
+def shard_name(index: int, count: int) -> str:
+    """Returns the name of weight file `index` (0: all that is outside the blocks, then one per block) of `count`."""
+    return f"bondsmith-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file beside `path`, flushes it to disk, and renames it.
+
+    Raises:
+        DiskFullError: no room is left on the device; `path` is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+            free = shutil.disk_usage(path.parent).free
+            raise DiskFullError(
+                f"the disk of {path.parent} is full ({free / 1e6:.1f} MB left) while writing {path.name}; what was there is "
+                "untouched: make room and run the same command with --resume"
+            ) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes one weight file atomically; the same tensors give the same bytes."""
+    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    write_atomically(path, lambda partial: save_file(ready, partial, metadata={"format": "pt"}))
+
+
+def write_index(directory: Path, shards: list[str]) -> int:
+    """Writes the index over finished shards; returns the bytes of all weight files."""
+    places: dict[str, str] = {}
+    for shard in shards:
+        with safe_open(directory / shard, framework="pt") as handle:
+            places.update(dict.fromkeys(handle.keys(), shard))
+    size = sum((directory / shard).stat().st_size for shard in shards)
+    write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+    return size
+
+
+def write_config(directory: Path, source: Source, networks: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> None:
+    """Writes config.json (last: it makes the directory a model), generation settings, tokenizer and the loading shim."""
+    config = source.config.__class__.from_dict(source.config.to_dict())
+    architecture = _architecture(source)
+    config.architectures = [architecture]
+    config.dtype = dtype
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "weights_file": INDEX,
+        "networks": {name: dict(network) for name, network in networks.items()},
+    }
+    config.auto_map = {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.Bondsmith{architecture}"}
+    write_text(directory / SHIM, _SHIM_CODE.format(architecture=architecture))
+    if (source.path / "generation_config.json").is_file():
+        shutil.copyfile(source.path / "generation_config.json", directory / "generation_config.json")
+    staging = directory / "config.partial"
+    config.save_pretrained(staging)
+    os.replace(staging / "config.json", directory / "config.json")
+    shutil.rmtree(staging)
+
+
+def _architecture(source: Source) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[source.config.model_type]
+    return str(known[0] if isinstance(known, tuple | list) else known)
+
+
+_SHIM_CODE = '''"""Loads this model with trust_remote_code=True; `import bondsmith` does the same without it."""
+
+import bondsmith  # noqa: F401  registers the loader with transformers
+from transformers import {architecture}
+
+
+class Bondsmith{architecture}({architecture}):
+    """The architecture of the original model; some of its matrices are networks."""
+'''

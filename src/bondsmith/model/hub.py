@@ -1,0 +1,133 @@
+"""The transformers quantizer: after `import bondsmith`, `AutoModelForCausalLM.from_pretrained(DIR)` just works.
+
+Two traps shape this file. A transformers without bondsmith only warns of an unknown quantization type and then fills what it cannot
+find with random numbers; so weight files carry names that it does not look for, and it stops with an error. And files are resolved
+before the quantizer sees the model, so the right name is put into the configuration by the one hook that runs earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bondsmith.nn.linear import MPOLinear
+from bondsmith.tensor.sites import Sites
+
+METHOD = "bondsmith"
+FORMAT = 1
+# A user's own `save_pretrained` writes `model.safetensors`; a transformers without bondsmith must not read it.
+ELSEWHERE = "import-bondsmith-before-loading-this-model.safetensors"
+
+
+@register_quantization_config(METHOD)
+class BondsmithConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The networks of a compressed model: module name -> {"sites": [[o, i], ...], "bonds": [...], "gauge": bool}.
+
+    `weights_file` is the file (or index) that holds the weights; None means the usual names of transformers.
+    """
+
+    def __init__(
+        self, networks: Mapping[str, Mapping[str, Any]] | None = None, weights_file: str | None = None, **kwargs: Any
+    ):
+        self.quant_method = METHOD
+        self.format = int(kwargs.pop("format", FORMAT))
+        self.networks = {name: dict(network) for name, network in (networks or {}).items()}
+        self.weights_file = weights_file
+        if self.format > FORMAT:
+            raise ValueError(
+                f"this model was written in bondsmith format {self.format}, this bondsmith reads up to {FORMAT}: "
+                "pip install --upgrade bondsmith"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the entry `quantization_config` of config.json."""
+        return {
+            "quant_method": METHOD,
+            "format": self.format,
+            "weights_file": self.weights_file,
+            "networks": self.networks,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns the same as `to_dict`: nothing here is a default worth leaving out."""
+        return self.to_dict()
+
+
+@register_quantizer(METHOD)
+class BondsmithQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts `MPOLinear` modules in the place of dense ones before the weights are loaded."""
+
+    requires_calibration = True
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Names the weight file; the only hook that runs before transformers looks for files."""
+        config.transformers_weights = self.quantization_config.weights_file
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        replace_matrices(model, self.quantization_config.networks)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _mark(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained`: from here on the files carry transformers' own names."""
+        model.config.quantization_config.weights_file = None
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """Returns True: `save_pretrained` works."""
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, MPOLinear):
+                model.set_submodule(name, module.materialise())
+        model.config.__dict__.pop("transformers_weights", None)
+        model.config.__dict__.pop("auto_map", None)
+        return model if dtype is None else model.to(dtype)
+
+
+def replace_matrices(model: nn.Module, networks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replaces the named matrices of `model` by `MPOLinear` modules of the same device and dtype, without weights."""
+    for name, network in networks.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"{name}: the model has no such module, but its quantization_config names it") from error
+        legs = network["sites"]
+        sites = Sites(tuple(o for o, _ in legs), tuple(i for _, i in legs))
+        layer = MPOLinear(
+            sites,
+            tuple(network["bonds"]),
+            bias=getattr(old, "bias", None) is not None,
+            gauge=bool(network.get("gauge", False)),
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        model.set_submodule(name, layer)
+
+
+def attach(model: PreTrainedModel, config: BondsmithConfig) -> PreTrainedModel:
+    """Marks a model whose matrices are networks already as one of ours, so that `save_pretrained` writes a loadable one."""
+    model.config.quantization_config = config
+    model.hf_quantizer = BondsmithQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    _mark(model)
+    return model
+
+
+def _mark(model: PreTrainedModel) -> None:
+    model.config.transformers_weights = ELSEWHERE
