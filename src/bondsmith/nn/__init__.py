@@ -1,1 +1,5 @@
+"""Modules that run networks."""
 
+from bondsmith.nn.linear import MPOLinear
+
+__all__ = ["MPOLinear"]

@@ -1,1 +1,24 @@
+"""The mathematics: site shapes, matrix product operators, fits. Imports torch and nothing else."""
 
+from bondsmith.tensor.fit import (
+    Root,
+    moment_root,
+    propagated_target,
+    relative_error,
+    sequential_svd,
+    whitened_cut,
+)
+from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.sites import Sites, parse_sites
+
+__all__ = [
+    "MPO",
+    "Root",
+    "Sites",
+    "moment_root",
+    "parse_sites",
+    "propagated_target",
+    "relative_error",
+    "sequential_svd",
+    "whitened_cut",
+]

@@ -1,0 +1,196 @@
+"""A linear layer whose weight is a network: what every compressed matrix becomes.
+
+- Every core is an `nn.Linear` without bias, so LoRA, GPTQ hooks, FSDP and quantisers see it; the contraction calls it.
+- `contract` site by site, or `materialise` the matrix for one GEMM: a threshold on the tokens, fixed at construction,
+  decides.
+- A core that somebody wrapped or hooked is always called, never read past.
+
+Legend: `T` tokens, `O`/`I` features, `k` the bond of a matrix cut, `a, b` bonds, `o, i` legs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
+from bondsmith.tensor.gauge import left_factor, pivot_cut
+from bondsmith.tensor.mpo import MPO, fold
+from bondsmith.tensor.sites import Sites
+
+# Above this many tokens, gathering the outputs costs more than the k^2 multiply-adds per token that it saves.
+GATHER_UP_TO = 32
+_NEVER = 2**62
+
+
+class MPOLinear(nn.Module):
+    """`y = W x + bias` with `W` `(O, I)` a network over `sites` with `bonds`; initialised like `nn.Linear`.
+
+    With `gauge` (matrix cut only) `k` rows of `W` are those of the last core, the first core holds the other `O - k` as
+    multiples of them, and `pivots` `(O,)` says which row goes where: `k (O + I - k)` parameters. ValueError for bad
+    bonds.
+
+    >>> layer = MPOLinear(Sites((8, 1), (1, 6)), (3,), bias=True)
+    >>> layer(torch.zeros(2, 5, 6)).shape, [tuple(core.weight.shape) for core in layer.cores]
+    (torch.Size([2, 5, 8]), [(8, 3), (3, 6)])
+    """
+
+    bias: nn.Parameter | None
+    pivots: Tensor | None
+
+    def __init__(
+        self,
+        sites: Sites,
+        bonds: int | Sequence[int],
+        *,
+        bias: bool,
+        gauge: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.sites, self.bonds, self.gauge = sites, sites.clip(bonds), gauge
+        self.in_features, self.out_features = sites.in_features, sites.out_features
+        sites.parameters(self.bonds, gauge)  # raises where there is no gauge to fix
+        self._from_right = sites.sweeps_from_right(self.bonds)
+        self._is_cut = sites.is_matrix_cut
+        self._gather_below = (GATHER_UP_TO * self.in_features + 1) if gauge else 0
+        self._materialise_from = _materialise_from(sites, self.bonds) * self.in_features
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.cores = nn.ModuleList(_empty_core(*shape, **factory) for shape in self._weight_shapes())
+        self.bias = nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None
+        self.register_buffer(
+            "pivots", torch.empty(self.out_features, dtype=torch.int32, device=device) if gauge else None
+        )
+        if not _weight_of(self.cores[0]).is_meta:
+            self.reset_parameters()
+
+    @classmethod
+    def from_mpo(
+        cls, mpo: MPO, *, bias: Tensor | None = None, gauge: bool = False, dtype: torch.dtype | None = None
+    ) -> MPOLinear:
+        """The layer with these cores, their device, and `dtype` or theirs; `gauge` pivots a matrix cut without loss.
+
+        >>> mpo = MPO((torch.randn(1, 6, 1, 2), torch.randn(2, 1, 4, 1)))
+        >>> layer = MPOLinear.from_mpo(mpo, gauge=True)
+        >>> torch.allclose(layer.to_matrix(), mpo.to_matrix(), atol=1e-5), sum(p.numel() for p in layer.parameters())
+        (True, 16)
+        """
+        layer = cls(mpo.sites, mpo.bonds, bias=bias is not None, gauge=gauge, device="meta")
+        pivots = None
+        if gauge:
+            cut = pivot_cut(mpo.cores[0][0, :, 0, :], mpo.cores[1][:, 0, :, 0])
+            weights, pivots = [cut.rest, cut.right], cut.order.to(torch.int32)
+        else:
+            weights = [core_to_weight(core, layer._from_right) for core in mpo.cores]
+        for core, weight in zip(layer.cores, weights, strict=True):
+            core.weight = nn.Parameter(weight.to(dtype or mpo.dtype).clone(memory_format=torch.contiguous_format))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(mpo.device, dtype or mpo.dtype, copy=True))
+        layer.pivots = pivots
+        return layer
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random cores whose matrix has entries of the variance `1 / (3 I)` that `nn.Linear` starts with; zero bias."""
+        spread = (1 / (3 * self.in_features)) ** 0.5
+        for bond in self.bonds:
+            spread /= bond**0.5
+        each = spread ** (1 / self.sites.n)
+        for core in self.cores:
+            nn.init.normal_(_weight_of(core), 0.0, each)
+        if self.gauge:  # the first core multiplies rows of the matrix into rows of the matrix
+            nn.init.normal_(_weight_of(self.cores[0]), 0.0, self.bonds[0] ** -0.5)
+            nn.init.normal_(_weight_of(self.cores[1]), 0.0, (1 / (3 * self.in_features)) ** 0.5)
+        if self.bias is not None:
+            self.bias.zero_()
+        if self.pivots is not None:
+            self.pivots.copy_(torch.arange(self.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., O)` for `x` of shape `(..., I)`."""
+        if self._is_cut:
+            return self._forward_cut(x)
+        if x.numel() >= self._materialise_from and self._all_plain():
+            return F.linear(x, self.to_matrix(), self.bias)
+        y = sweep(self.sites, self.bonds, list(self.cores), x, self._from_right)
+        return y if self.bias is None else y + self.bias
+
+    def to_matrix(self) -> Tensor:
+        """The `(O, I)` matrix, differentiable in the cores, with whatever adapters they carry."""
+        weights = [_weight_of(core) for core in self.cores]
+        if self.pivots is not None:
+            weights[0] = left_factor(weights[0], self.pivots)
+        if self._is_cut:
+            matrix: Tensor = weights[0] @ weights[1]
+            return matrix
+        shapes = self.sites.core_shapes(self.bonds)
+        return fold([weight_to_core(w, shape, self._from_right) for w, shape in zip(weights, shapes, strict=True)])
+
+    @torch.no_grad()
+    def materialise(self) -> nn.Linear:
+        """An ordinary `nn.Linear` with the same matrix and bias."""
+        weight = self.to_matrix()
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
+        linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.detach().clone()))
+        return linear
+
+    def extra_repr(self) -> str:
+        gauge = ", gauge" if self.gauge else ""
+        shape = f"{self.out_features}x{self.in_features} as {self.sites}, bonds {self.bonds}"
+        return f"{shape}{gauge}, bias={self.bias is not None}"
+
+    def _forward_cut(self, x: Tensor) -> Tensor:
+        first, last = self.cores[0], self.cores[1]
+        z = last(x)
+        if self.pivots is None:
+            y = first(z)
+        elif x.numel() < self._gather_below or not _is_plain(first):
+            y = torch.cat((z, first(z)), -1).index_select(-1, self.pivots)
+        else:
+            y = F.linear(z, left_factor(_weight_of(first), self.pivots))
+        return y if self.bias is None else y + self.bias
+
+    def _all_plain(self) -> bool:
+        return all(_is_plain(core) for core in self.cores)
+
+    def _weight_shapes(self) -> list[tuple[int, int]]:
+        if self.gauge:
+            (bond,) = self.bonds
+            return [(self.out_features - bond, bond), (bond, self.in_features)]
+        shapes = self.sites.core_shapes(self.bonds)
+        return [(a * o, i * b) if self._from_right else (b * o, i * a) for a, o, i, b in shapes]
+
+
+def _materialise_from(sites: Sites, bonds: tuple[int, ...]) -> int:
+    """The tokens at which rebuilding the matrix and one dense GEMM cost less than contracting."""
+    contract = sites.sweep_cost(bonds, sites.sweeps_from_right(bonds))
+    saved = contract - sites.out_features * sites.in_features
+    return -(-sites.materialise_cost(bonds) // saved) if saved > 0 else _NEVER // sites.in_features
+
+
+def _empty_core(rows: int, columns: int, **factory: Any) -> nn.Linear:
+    """An uninitialised layer: `nn.Linear` would draw random numbers, and warns where a full bond leaves no rows."""
+    core = nn.Linear(1, 1, bias=False, device="meta")
+    core.in_features, core.out_features = columns, rows
+    core.weight = nn.Parameter(torch.empty(rows, columns, **factory))
+    return core
+
+
+def _is_plain(core: nn.Module) -> bool:
+    """Whether reading the weight is the same as calling the core: no adapter, no other kind of layer, no hook."""
+    return type(core) is nn.Linear and not core._forward_hooks and not core._forward_pre_hooks
+
+
+def _weight_of(core: nn.Module) -> Tensor:
+    """The `(out, in)` matrix that calling `core` multiplies by: adapters and all."""
+    if type(core) is nn.Linear:
+        return core.weight
+    like, in_features = next(core.parameters()), cast(int, core.in_features)
+    columns: Tensor = core(torch.eye(in_features, dtype=like.dtype, device=like.device))
+    return columns.T

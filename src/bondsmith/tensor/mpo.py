@@ -1,0 +1,99 @@
+"""The matrix product operator: a matrix as a chain of cores.
+
+Legend: `O` out features, `I` in features, `o, i` legs of a site, `a, b` bonds left and right of it, `T` tokens.
+`W[(o_1..o_n), (i_1..i_n)] = sum_a G_1[1,o_1,i_1,a_1] G_2[a_1,o_2,i_2,a_2] ... G_n[a_{n-1},o_n,i_n,1]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from bondsmith.tensor.checks import check_finite
+from bondsmith.tensor.contract import core_to_weight, sweep
+from bondsmith.tensor.sites import Sites
+
+
+@dataclass(frozen=True, eq=False)
+class MPO:
+    """A network of cores `(a, o, i, b)`; ValueError if the bonds do not meet or an entry is not finite.
+
+    >>> mpo = MPO((torch.ones(1, 2, 1, 3), torch.ones(3, 1, 4, 1)))
+    >>> print(mpo, mpo.to_matrix().shape, float(mpo.to_matrix()[0, 0]))
+    MPO (2,1)(1,4) bonds (3,), 18 parameters torch.Size([2, 4]) 3.0
+    """
+
+    cores: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cores", tuple(self.cores))
+        shapes = [tuple(core.shape) for core in self.cores]
+        if not shapes or any(len(shape) != 4 or 0 in shape for shape in shapes):
+            raise ValueError(f"cores have shapes {shapes}; each needs four legs (a, o, i, b) of at least 1")
+        left, right = [1, *(shape[3] for shape in shapes)], [*(shape[0] for shape in shapes), 1]
+        if left != right:
+            raise ValueError(
+                f"cores of shapes {shapes} do not meet: bonds {left} from the left, {right} from the right"
+            )
+        for k, core in enumerate(self.cores):
+            check_finite(core, f"core {k} of {len(shapes)}")
+
+    @property
+    def sites(self) -> Sites:
+        """The legs."""
+        return Sites(tuple(core.shape[1] for core in self.cores), tuple(core.shape[2] for core in self.cores))
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """The `n - 1` bond dimensions."""
+        return tuple(core.shape[3] for core in self.cores[:-1])
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the cores."""
+        return sum(core.numel() for core in self.cores)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the cores."""
+        return self.cores[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the cores."""
+        return self.cores[0].device
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> MPO:
+        """The same network in another dtype or place."""
+        return MPO(tuple(core.to(dtype=dtype or core.dtype, device=device or core.device) for core in self.cores))
+
+    def to_matrix(self) -> Tensor:
+        """The `(O, I)` matrix."""
+        return fold(self.cores)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`W x` for `x` of shape `(..., I)`: `(..., O)`, starting at the end that costs less."""
+        if x.shape[-1:] != (self.sites.in_features,):
+            raise ValueError(f"x has shape {tuple(x.shape)}; sites {self.sites} take {self.sites.in_features} features")
+        from_right = self.sites.sweeps_from_right(self.bonds)
+        layers = [partial(F.linear, weight=core_to_weight(core, from_right)) for core in self.cores]
+        return sweep(self.sites, self.bonds, layers, x, from_right)
+
+    def __str__(self) -> str:
+        return f"MPO {self.sites} bonds {self.bonds}, {self.parameters} parameters"
+
+
+def fold(cores: Sequence[Tensor]) -> Tensor:
+    """The `(O, I)` matrix of a chain of cores `(a, o, i, b)`, folded in from the first to the last, one GEMM each."""
+    block = cores[0][0]
+    for core in cores[1:]:
+        rows, columns, _ = block.shape
+        a, o, i, b = core.shape
+        block = block.reshape(rows * columns, a) @ core.reshape(a, o * i * b)
+        block = block.reshape(rows, columns, o, i, b).transpose(1, 2).reshape(rows * o, columns * i, b)
+    return block[..., 0]

@@ -1,0 +1,177 @@
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from bondsmith.nn import MPOLinear
+from bondsmith.nn import linear as linear_module
+from bondsmith.tensor import MPO, Sites, parse_sites, sequential_svd
+
+CASES = [("matrix", False), ("matrix", True), ("thin:2", False), ("interleaved:2", False), ("interleaved:3", False)]
+
+
+def layer_of(spec, gauge, bias=True, out_features=48, in_features=36, bonds=7, dtype=torch.float32):
+    torch.manual_seed(0)
+    sites = parse_sites(spec, out_features, in_features)
+    mpo = sequential_svd(torch.randn(out_features, in_features), sites, bonds)
+    return MPOLinear.from_mpo(mpo, bias=torch.randn(out_features) if bias else None, gauge=gauge, dtype=dtype), mpo
+
+
+def both_ways(layer):
+    """The layer as it contracts and as it builds its matrix."""
+    contracting, building = copy.deepcopy(layer), copy.deepcopy(layer)
+    contracting._gather_below = contracting._materialise_from = 2**62
+    building._gather_below = building._materialise_from = 0
+    return contracting, building
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_forward_is_the_matrix_both_ways(spec, gauge):
+    layer, mpo = layer_of(spec, gauge)
+    torch.testing.assert_close(layer.to_matrix(), mpo.to_matrix(), atol=1e-5, rtol=1e-4)
+    x = torch.randn(2, 5, 36)
+    expected = nn.functional.linear(x, mpo.to_matrix(), layer.bias)
+    for way in (layer, *both_ways(layer), layer.materialise()):
+        torch.testing.assert_close(way(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(x[0, 0]), expected[0, 0], atol=1e-4, rtol=1e-4)
+    assert layer(x[:0]).shape == (0, 5, 48)
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_gradients_are_exact_both_ways(spec, gauge):
+    layer, _ = layer_of(spec, gauge, dtype=torch.float64)
+    x = torch.randn(2, 3, 36, dtype=torch.float64)
+    grads = []
+    for way in both_ways(layer):
+        inputs = x.clone().requires_grad_()
+        way(inputs).square().sum().backward()
+        grads.append([inputs.grad, *(p.grad for p in way.parameters())])
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in grads[-1])
+    for contracted, built in zip(*grads, strict=True):
+        torch.testing.assert_close(contracted, built)
+    parameters = tuple(p.detach().requires_grad_() for p in layer.parameters())
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(inputs, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (inputs,))
+
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *parameters), fast_mode=True)
+
+
+def test_gauge_stores_fewer_numbers():
+    layer, mpo = layer_of("matrix", True, bias=False)
+    assert sum(p.numel() for p in layer.parameters()) == mpo.sites.parameters(mpo.bonds, gauge=True)
+    assert layer.pivots.dtype == torch.int32
+    assert layer.to(torch.bfloat16).pivots.dtype == torch.int32
+
+
+def test_full_bond_with_gauge_is_a_permuted_matrix():
+    layer, mpo = layer_of("matrix", True, out_features=12, in_features=36, bonds=12)
+    assert layer.cores[0].weight.shape == (0, 12)
+    torch.testing.assert_close(layer(torch.eye(36)).T - layer.bias[:, None], mpo.to_matrix(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_state_dict_round_trip_through_meta(spec, gauge):
+    layer, _ = layer_of(spec, gauge)
+    empty = MPOLinear(layer.sites, layer.bonds, bias=True, gauge=gauge, device="meta")
+    assert all(value.is_meta for value in empty.state_dict().values())
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(3, 36)
+    assert torch.equal(empty(x), layer(x))
+    fresh = MPOLinear(layer.sites, layer.bonds, bias=True, gauge=gauge)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_fresh_layers_start_like_linear(spec, gauge):
+    torch.manual_seed(0)
+    layer = MPOLinear(parse_sites(spec, 512, 432), 16, bias=True, gauge=gauge)
+    linear = nn.Linear(432, 512)
+    assert layer.to_matrix().std().item() == pytest.approx(linear.weight.std().item(), rel=0.3)
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_lora_on_the_cores_counts_both_ways(spec, gauge):
+    layer, _ = layer_of(spec, gauge)
+    holder = nn.Sequential(layer)
+    config = peft.LoraConfig(r=2, target_modules=r".*cores\.\d+", init_lora_weights=False)
+    model = peft.get_peft_model(holder, config).eval()
+    x = torch.randn(40, 36)
+    adapted = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    assert (adapted - base).abs().max() > 0.1
+    inner = model.base_model.model[0]
+    torch.testing.assert_close(nn.functional.linear(x, inner.to_matrix(), inner.bias), adapted, atol=1e-4, rtol=1e-4)
+    for way in both_ways(inner):
+        torch.testing.assert_close(way(x), adapted, atol=1e-4, rtol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), adapted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_hooks_on_the_cores_fire_both_ways(spec, gauge):
+    layer, _ = layer_of(spec, gauge)
+    for way in both_ways(layer):
+        seen = []
+        for core in way.cores:
+            core.register_forward_hook(lambda module, *_, seen=seen: seen.append(module))
+        way(torch.randn(4, 36))
+        assert set(seen) == set(way.cores)
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_bfloat16_and_autocast(spec, gauge):
+    layer, _ = layer_of(spec, gauge)
+    x = torch.randn(3, 36)
+    for way in both_ways(layer):
+        expected = way(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = way(x)
+        assert (y - expected).norm() < 0.03 * expected.norm()
+        y = copy.deepcopy(way).to(torch.bfloat16)(x.to(torch.bfloat16))
+        assert y.dtype == torch.bfloat16
+        assert (y - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize(("spec", "gauge"), [("matrix", True), ("interleaved:2", False)])
+def test_compile(spec, gauge):
+    for way in both_ways(layer_of(spec, gauge)[0]):
+        x = torch.randn(3, 36)
+        torch.testing.assert_close(torch.compile(way, backend="aot_eager", fullgraph=True)(x), way(x))
+
+
+def test_costs_choose_the_way():
+    shallow, deep = (MPOLinear(parse_sites("interleaved:2", 256, 256), bond, bias=False) for bond in (2, 64))
+    assert shallow._materialise_from > 2**50
+    threshold = deep._materialise_from // 256
+    sites, bonds = deep.sites, deep.bonds
+    contract, dense = sites.sweep_cost(bonds, True), 256 * 256
+    assert contract * threshold >= sites.materialise_cost(bonds) + dense * threshold
+    assert contract * (threshold - 1) < sites.materialise_cost(bonds) + dense * (threshold - 1)
+
+
+def test_description_and_errors():
+    layer, _ = layer_of("matrix", True)
+    assert "48x36 as (48,1)(1,36), bonds (7,), gauge, bias=True" in repr(layer)
+    with pytest.raises(ValueError, match=r"only the matrix cut"):
+        MPOLinear(parse_sites("thin:2", 8, 8), 2, bias=False, gauge=True)
+    with pytest.raises(ValueError, match=r"at least 1"):
+        MPOLinear(parse_sites("matrix", 8, 8), 0, bias=False)
+
+
+def test_from_mpo_takes_no_random_numbers_and_shares_no_memory():
+    mpo = MPO((torch.randn(1, 4, 1, 2), torch.randn(2, 1, 4, 1)))
+    before = torch.get_rng_state()
+    layer = MPOLinear.from_mpo(mpo)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        layer.cores[0].weight.zero_()
+    assert mpo.cores[0].abs().sum() > 0
+    assert layer.sites == Sites((4, 1), (1, 4))
+    assert linear_module.GATHER_UP_TO >= 1

@@ -1,0 +1,35 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bondsmith.tensor.gauge import pivot_cut
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.data(), st.integers(0, 999))
+def test_lossless_bounded_and_smaller(out_features, in_features, data, seed):
+    bond = data.draw(st.integers(1, out_features))
+    rank = data.draw(st.integers(1, bond))
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(out_features, rank, generator=generator) @ torch.randn(rank, bond, generator=generator)
+    right = torch.randn(bond, in_features, generator=generator)
+    cut = pivot_cut(left.double(), right.double(), largest=1.01)
+    torch.testing.assert_close(cut.to_left() @ cut.right, left.double() @ right.double())
+    assert cut.rest.shape == (out_features - bond, bond)
+    assert cut.rest.numel() == 0 or float(cut.rest.abs().max()) <= 1.01
+    assert sorted(cut.order.tolist()) == list(range(out_features))
+
+
+def test_exchange_bounds_what_partial_pivoting_leaves_large():
+    left = torch.eye(12).tril() - torch.ones(12, 12).tril(-1)  # Wilkinson's matrix: growth 2 ** 11
+    left = torch.cat((left, torch.ones(1, 12)))
+    right = torch.eye(12)
+    assert float(pivot_cut(left, right, largest=1e9).rest.abs().max()) > 100
+    cut = pivot_cut(left, right)
+    assert float(cut.rest.abs().max()) <= 2
+    torch.testing.assert_close(cut.to_left() @ cut.right, left)
+
+
+def test_too_wide():
+    with pytest.raises(ValueError, match=r"2 rows has no 3 pivot rows"):
+        pivot_cut(torch.ones(2, 3), torch.ones(3, 3))

@@ -1,0 +1,77 @@
+import pytest
+import tensorly.tt_matrix
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from bondsmith.tensor import MPO, Sites
+from bondsmith.tensor.contract import core_to_weight, weight_to_core
+
+leg = st.integers(1, 4)
+
+
+@st.composite
+def mpos(draw):
+    n = draw(st.integers(1, 4))
+    bonds = [1, *(draw(st.integers(1, 5)) for _ in range(n - 1)), 1]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shapes = [(bonds[k], draw(leg), draw(leg), bonds[k + 1]) for k in range(n)]
+    return MPO(tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes))
+
+
+@given(mpos())
+def test_to_matrix_is_that_of_tensorly(mpo):
+    oracle = tensorly.tt_matrix.tt_matrix_to_matrix([core.numpy() for core in mpo.cores])
+    torch.testing.assert_close(mpo.to_matrix(), torch.as_tensor(oracle))
+
+
+@given(mpos(), st.integers(0, 3))
+def test_apply_is_the_matrix(mpo, tokens):
+    x = torch.randn(2, tokens, mpo.sites.in_features, dtype=torch.float64)
+    torch.testing.assert_close(mpo.apply(x), x @ mpo.to_matrix().T)
+
+
+@given(mpos(), st.booleans())
+def test_cores_survive_as_weights(mpo, from_right):
+    for core in mpo.cores:
+        assert torch.equal(weight_to_core(core_to_weight(core, from_right), core.shape, from_right), core)
+
+
+@settings(max_examples=20)
+@given(mpos())
+def test_apply_costs_what_the_sites_say(mpo):
+    counter = FlopCounterMode(display=False)
+    with counter:
+        mpo.apply(torch.randn(1, mpo.sites.in_features, dtype=torch.float64))
+    cost = min(mpo.sites.sweep_cost(mpo.bonds, True), mpo.sites.sweep_cost(mpo.bonds, False))
+    assert counter.get_total_flops() == 2 * cost
+
+
+def test_description_and_casts():
+    mpo = MPO((torch.ones(1, 2, 1, 3), torch.ones(3, 1, 4, 1)))
+    assert (mpo.sites, mpo.bonds, mpo.parameters) == (Sites((2, 1), (1, 4)), (3,), 18)
+    assert mpo.to(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert mpo.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 2, 2, 3), (2, 2, 2, 1)], r"do not meet"),
+        ([(2, 2, 2, 1)], r"do not meet"),
+        ([(1, 2, 2)], r"four legs"),
+        ([], r"four legs"),
+        ([(1, 0, 2, 1)], r"four legs"),
+    ],
+)
+def test_bad_cores(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        MPO(tuple(torch.zeros(shape) for shape in shapes))
+
+
+def test_nan_and_wrong_input():
+    with pytest.raises(ValueError, match=r"core 1 of 2 holds 3 NaN"):
+        MPO((torch.ones(1, 2, 1, 3), torch.full((3, 1, 1, 1), float("nan"))))
+    with pytest.raises(ValueError, match=r"take 4 features"):
+        MPO((torch.ones(1, 2, 4, 1),)).apply(torch.ones(3))
