@@ -85,9 +85,9 @@ class BlockRunner:
     Hidden states are (windows, tokens, width); input ids (windows, tokens), without padding.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, path: str | None = None):
         self.model = model
-        self.path = find_blocks(model)
+        self.path = path or find_blocks(model)
         self._tuples = False
 
     @property
@@ -173,18 +173,20 @@ class Group:
         in_features: width of the input.
         writes: True where the output goes into the residual stream (attention output, MLP output).
         last: True for the last group of the block.
+        every_token: True where the input has one row per token; experts of a mixture see only some.
     """
 
     names: tuple[str, ...]
     in_features: int
     writes: bool
     last: bool
+    every_token: bool
 
 
-def trace_groups(block: nn.Module, run: Callable[[], Any], width: int) -> list[Group]:
-    """Returns the groups of a block in call order, found by running it once.
+def trace_groups(block: nn.Module, run: Callable[[], Tensor]) -> list[Group]:
+    """Returns the groups of a block in call order, found by running it once; `run` gives the hidden state that leaves it.
 
-    A matrix writes into the residual stream when it is alone on its input, gives the stream's `width` back and is not the first.
+    A matrix writes into the residual stream when it is alone on its input, gives the stream's width back and is not the first.
     """
     calls: list[tuple[str, Tensor]] = []
     handles = [
@@ -192,10 +194,11 @@ def trace_groups(block: nn.Module, run: Callable[[], Any], width: int) -> list[G
         for name, matrix in matrices(block).items()
     ]
     try:
-        run()
+        out = run()
     finally:
         for handle in handles:
             handle.remove()
+    width, tokens = out.shape[-1], out.shape[:-1].numel()
     shared: list[tuple[list[str], Tensor]] = []
     for name, seen in calls:
         group = next((names for names, other in shared if other is seen or _same(other, seen)), None)
@@ -210,6 +213,7 @@ def trace_groups(block: nn.Module, run: Callable[[], Any], width: int) -> list[G
             seen.shape[-1],
             writes=i > 0 and len(names) == 1 and shape(table[names[0]])[0] == width,
             last=i == len(shared) - 1,
+            every_token=seen.shape[:-1].numel() == tokens,
         )
         for i, (names, seen) in enumerate(shared)
     ]
@@ -219,7 +223,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-class _Reached(_Stop):
+class _Reached(Exception):
     """The matrix whose input was wanted has been called."""
 
 
@@ -244,6 +248,8 @@ def capture_inputs(block: nn.Module, groups: list[Group], *, stop: bool = False)
         handles.append(block.get_submodule(group.names[0]).register_forward_pre_hook(hook(position)))
     try:
         yield seen
+    except _Reached:
+        pass
     finally:
         for handle in handles:
             handle.remove()

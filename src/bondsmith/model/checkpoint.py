@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from bondsmith.model.hub import FORMAT, METHOD
-from bondsmith.model.source import Source
+from bondsmith.model.source import ModelError, Source
 
 INDEX = "bondsmith.safetensors.index.json"
 SHIM = "modeling_bondsmith.py"
@@ -31,32 +33,36 @@ def shard_name(index: int, count: int) -> str:
     return f"bondsmith-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, flushes it to disk, and renames it.
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what was written there is flushed to disk and renamed when the body ends well.
 
     Raises:
         DiskFullError: no room is left on the device; `path` is as it was.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        write(partial)
+        yield partial
         with partial.open("rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+            partial.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free
             raise DiskFullError(
                 f"the disk of {path.parent} is full ({free / 1e6:.1f} MB left) while writing {path.name}; what was there is "
                 "untouched: make room and run the same command with --resume"
             ) from error
         raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -67,7 +73,8 @@ def write_json(path: Path, content: Any) -> None:
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes one weight file atomically; the same tensors give the same bytes."""
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_atomically(path, lambda partial: save_file(ready, partial, metadata={"format": "pt"}))
+    with atomic(path) as partial:
+        save_file(ready, partial, metadata={"format": "pt"})
 
 
 def write_index(directory: Path, shards: list[str]) -> int:
@@ -119,3 +126,14 @@ from transformers import {architecture}
 class Bondsmith{architecture}({architecture}):
     """The architecture of the original model; some of its matrices are networks."""
 '''
+
+
+def open_compressed(directory: Path) -> Source:
+    """Returns the `Source` of a directory that bondsmith wrote; ModelError if it is none."""
+    index = directory / INDEX
+    if not index.is_file() or not (directory / "config.json").is_file():
+        raise ModelError(f"{directory} is not a model that bondsmith wrote: it has no {INDEX}")
+    config = AutoConfig.from_pretrained(directory)
+    places = {name: (directory / file, name) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    files = tuple(sorted({file for file, _ in places.values()}))
+    return Source(str(directory), directory, config, places, config.dtype, files, sum(f.stat().st_size for f in files))

@@ -1,12 +1,14 @@
 """The transformers quantizer: after `import bondsmith`, `AutoModelForCausalLM.from_pretrained(DIR)` just works.
 
 Two traps shape this file. A transformers without bondsmith only warns of an unknown quantization type and then fills what it cannot
-find with random numbers; so weight files carry names that it does not look for, and it stops with an error. And files are resolved
-before the quantizer sees the model, so the right name is put into the configuration by the one hook that runs earlier.
+find with random numbers. So our own weight files carry names that it does not look for, and what a user's `save_pretrained` writes
+(`model.safetensors`) holds one tensor of a wrong shape under the name of a dense weight: both make it stop with an error. And files
+are resolved before the quantizer sees the model, so the right name is put into the configuration by the one hook that runs earlier.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +23,6 @@ from bondsmith.tensor.sites import Sites
 
 METHOD = "bondsmith"
 FORMAT = 1
-# A user's own `save_pretrained` writes `model.safetensors`; a transformers without bondsmith must not read it.
-ELSEWHERE = "import-bondsmith-before-loading-this-model.safetensors"
 
 
 @register_quantization_config(METHOD)
@@ -74,17 +74,23 @@ class BondsmithQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        replace_matrices(model, self.quantization_config.networks)
+        networks = self.quantization_config.networks
+        replace_matrices(model, networks)
+        for name in networks:  # GPT-2 initialises `self.c_proj.weight` from the parent, even of a model that is loaded
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if not parent._buffers:
+                parent._is_hf_initialized = True
+        if networks:
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(_guard(networks))}
         return model
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        _mark(model)
-        return model
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Called by `save_pretrained`: from here on the files carry transformers' own names."""
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Called by `save_pretrained`: from here on the files carry transformers' own names, and a guard against plain loading."""
         model.config.quantization_config.weights_file = None
-        return None, {}
+        if getattr(model, "_hf_peft_config_loaded", False) or not self.quantization_config.networks:
+            return None, {}
+        return model.state_dict() | {_guard(self.quantization_config.networks): torch.empty(0)}, {}
 
     def is_serializable(self) -> bool:
         """Returns True: `save_pretrained` works."""
@@ -125,9 +131,8 @@ def attach(model: PreTrainedModel, config: BondsmithConfig) -> PreTrainedModel:
     model.hf_quantizer = BondsmithQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = METHOD
-    _mark(model)
     return model
 
 
-def _mark(model: PreTrainedModel) -> None:
-    model.config.transformers_weights = ELSEWHERE
+def _guard(networks: Mapping[str, Any]) -> str:
+    return next(iter(networks)) + ".weight"

@@ -1,0 +1,282 @@
+"""Compress a model block by block, in depth order: moments of what each matrix reads, a network fitted to them, one file per block.
+
+With error propagation two streams of hidden states run through the model: `x` of the original and `xh` of what is compressed so far.
+Within a block the matrices are fitted in call order, each to the inputs that the networks before it really produce. At any time at
+most two blocks of weights are resident, the original and its compressed copy; hidden states and inputs wait on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, matrices, trace_groups, weight
+from bondsmith.model.checkpoint import shard_name, write_json, write_shard
+from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
+from bondsmith.nn.linear import MPOLinear
+from bondsmith.recipe import Recipe
+from bondsmith.stages.moments import Moment, load_output_moments, token_weights
+from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.stages.streams import Stream
+from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
+from bondsmith.tensor.mpo import MPO
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the compression of one model needs: where it comes from, what becomes of it, and where things lie.
+
+    Attributes:
+        runner: the model's skeleton, with embedding and head in place.
+        ids: calibration windows, (windows, tokens); empty for the Frobenius metric.
+        out: directory of the weight files.
+        work: directory of what is needed only until the end.
+        fisher: directory of output moments, or None without the `loss` metric.
+        batch: windows per forward pass.
+        width: of the hidden states.
+        dtype: of the saved weights.
+    """
+
+    runner: BlockRunner
+    source: Source
+    plan: Plan
+    recipe: Recipe
+    ids: Tensor
+    out: Path
+    work: Path
+    fisher: Path | None
+    batch: int
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def shard(self, block: int) -> Path:
+        """Returns the weight file of a block; -1 is all that is outside the blocks."""
+        return self.out / shard_name(block + 1, len(self.runner) + 1)
+
+    def load(self, block: int) -> nn.Module:
+        """Brings the original weights of a block into the runner and returns it."""
+        module = self.runner.blocks[block]
+        prefix = f"{self.runner.path}.{block}."
+        names = [name for name in self.source.places if name.startswith(prefix)]
+        tensors = self.source.read(names)
+        fill(module, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.device)
+        return module
+
+    def batches(self) -> range:
+        """Returns the first window of every batch."""
+        return range(0, len(self.ids), self.batch)
+
+
+def compress_rest(job: Job) -> None:
+    """Writes the weight file of everything outside the blocks, in the dtype of the saved model."""
+    if not job.shard(-1).is_file():
+        names = [n for n in stored_names(job.runner.model) if not n.startswith(job.runner.path + ".")]
+        write_shard(job.shard(-1), {name: _cast(t, job.dtype) for name, t in job.source.read(names).items()})
+
+
+def compress_blocks(job: Job, advance: Callable[[int], None]) -> None:
+    """Writes the weight file and the errors of every block that has none yet; `advance` hears of each finished block."""
+    count = len(job.runner)
+    for k in range(count):
+        if not job.shard(k).is_file():
+            _compress_block(job, k)
+            empty(job.runner.blocks[k])
+        for name in ("original", "compressed"):
+            (job.work / f"{name}-{k}").unlink(missing_ok=True)
+        advance(k)
+
+
+def read_errors(job: Job) -> dict[str, float]:
+    """Returns the relative error in the metric of every network, by matrix name."""
+    errors: dict[str, float] = {}
+    for k in range(len(job.runner)):
+        errors |= json.loads((job.work / f"errors-{k}.json").read_text())
+    return errors
+
+
+def _stream(job: Job, name: str, k: int) -> Stream:
+    """Returns the hidden states that enter block k; those of the first block are made here."""
+    stream = Stream(job.work / f"{name}-{k}", (*job.ids.shape, job.width))
+    if k == 0 and not stream.complete:
+        with torch.no_grad():
+            stream.write(job.runner.enter(_ids(job, first)) for first in job.batches())
+    return stream
+
+
+def _compress_block(job: Job, k: int) -> None:
+    original = job.load(k)
+    planned = {m.name.removeprefix(f"{job.runner.path}.{k}."): m for m in job.plan.block(k) if m.sites is not None}
+    compressed = copy.deepcopy(original)
+    errors: dict[str, float] = {}
+
+    def put(name: str, C: Tensor | None, D: Tensor | None, B: Tensor | None) -> None:
+        full_name = f"{job.runner.path}.{k}.{name}"
+        layer, errors[full_name] = fit_matrix(compressed.get_submodule(name), planned[name], C, D, B, job)
+        compressed.set_submodule(name, layer)
+
+    if not job.recipe.needs_moments:
+        for name in planned:
+            put(name, None, None, None)
+    else:
+        outputs = load_output_moments(job.fisher, k) if job.fisher else {}
+        fit = _fit_propagated if job.recipe.propagate else _fit_from_original
+        fit(job, k, original, compressed, planned, lambda name, C, D: put(name, C, D, outputs.get(name)))
+    write_json(job.work / f"errors-{k}.json", errors)
+    prefix = f"{job.runner.path}.{k}."
+    write_shard(job.shard(k), {prefix + n: _cast(t, job.dtype) for n, t in compressed.state_dict().items()})
+
+
+Put = Callable[[str, Tensor, Tensor | None], None]
+
+
+def _groups(job: Job, k: int, block: nn.Module, x: Stream, planned: dict[str, MatrixPlan]) -> list[Group]:
+    with torch.no_grad():
+        groups = trace_groups(block, lambda: job.runner.block(k, _ids(job, 0, 1), _rows(job, x, 0, 1)))
+    reached = {name for group in groups for name in group.names}
+    for name, matrix in planned.items():
+        if name not in reached:
+            raise ModelError(
+                f"{matrix.name}: no calibration token reached this matrix; calibrate on more or other text, "
+                f"or keep it dense (keep_dense: '{matrix.name}')"
+            )
+    return [g for g in groups if any(name in planned for name in g.names)]
+
+
+@torch.no_grad()
+def _fit_from_original(
+    job: Job, k: int, original: nn.Module, compressed: nn.Module, planned: dict[str, MatrixPlan], put: Put
+) -> None:
+    """One pass of the original block over its own inputs gives the moments of all groups."""
+    x, after = _stream(job, "original", k), _stream(job, "original", k + 1)
+    groups = _groups(job, k, original, x, planned)
+    moments = [Moment(g.in_features, job.device) for g in groups]
+    with after.writer() as put_rows:
+        for first in job.batches():
+            rows = _rows(job, x, first)
+            with capture_inputs(original, groups) as seen:
+                out = job.runner.block(k, _ids(job, first), rows)
+            put_rows(out)
+            for position, group in enumerate(groups):
+                if position in seen:
+                    moments[position].add(seen[position], _weights(group, rows, out))
+    for group, moment in zip(groups, moments, strict=True):
+        C = moment.mean(_full(job, k, group))
+        for name in group.names:
+            if name in planned:
+                put(name, C, None)
+
+
+@torch.no_grad()
+def _fit_propagated(
+    job: Job, k: int, original: nn.Module, compressed: nn.Module, planned: dict[str, MatrixPlan], put: Put
+) -> None:
+    """Group after group, the compressed copy runs up to it; the original's inputs come from one pass kept on disk."""
+    x, after = _stream(job, "original", k), _stream(job, "original", k + 1)
+    xh = _stream(job, "compressed", k)
+    groups = _groups(job, k, original, x, planned)
+    windows, tokens = job.ids.shape
+    inputs = {i: Stream(job.work / f"input-{i}", (windows, tokens, g.in_features)) for i, g in enumerate(groups)}
+    _keep_inputs(job, k, original, groups, x, after, inputs)
+    for i, group in enumerate(groups):
+        C, D = Moment(group.in_features, job.device), Moment(group.in_features, job.device)
+        for first in job.batches():
+            with capture_inputs(compressed, [group], stop=True) as seen:
+                job.runner.block(k, _ids(job, first), _rows(job, xh, first), compressed)
+            if 0 not in seen:
+                continue
+            if not group.every_token:
+                C.add(seen[0])
+                continue
+            w = _weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
+            C.add(seen[0], w)
+            D.add(_rows(job, inputs[i], first).flatten(0, 1) - seen[0], w, seen[0])
+        name = _full(job, k, group)
+        mean, shift = C.mean(name), D.mean(name) if group.every_token else None
+        for member in group.names:
+            if member in planned:
+                put(member, mean, shift)
+        inputs[i].remove()
+    if k + 1 < len(job.runner):
+        _stream(job, "compressed", k + 1).write(
+            job.runner.block(k, _ids(job, first), _rows(job, xh, first), compressed) for first in job.batches()
+        )
+
+
+def _keep_inputs(
+    job: Job, k: int, block: nn.Module, groups: list[Group], x: Stream, after: Stream, inputs: dict[int, Stream]
+) -> None:
+    """Runs the original block over all windows; writes what leaves it and what each group reads."""
+    with ExitStack() as stack:
+        put_after = stack.enter_context(after.writer())
+        puts = {i: stack.enter_context(inputs[i].writer()) for i, g in enumerate(groups) if g.every_token}
+        for first in job.batches():
+            with capture_inputs(block, groups) as seen:
+                put_after(job.runner.block(k, _ids(job, first), _rows(job, x, first)))
+            for i, write in puts.items():
+                write(seen[i])
+
+
+def fit_matrix(
+    matrix: nn.Module, plan: MatrixPlan, C: Tensor | None, D: Tensor | None, B: Tensor | None, job: Job
+) -> tuple[MPOLinear, float]:
+    """Returns the layer that replaces `matrix`, with weights rounded to the saved dtype, and its relative error in the metric.
+
+    Args:
+        C: moment of the inputs that the layer will see, or None for the Frobenius metric.
+        D: `E[(x - xh) xh^T]`, how far those are from the original's, or None.
+        B: moment of the loss gradient at the output, or None.
+    """
+    assert plan.sites is not None
+    W = weight(matrix)  # type: ignore[arg-type]
+    try:
+        target = W
+        if C is not None and D is not None:
+            target = propagated_target(W, C + D, C, job.recipe.propagation_strength, job.recipe.damping)
+        mpo = _fit(target, plan, C, B, job.recipe)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"{plan.name}: {error}") from error
+    layer = MPOLinear.from_mpo(mpo, bias=getattr(matrix, "bias", None), gauge=plan.gauge, dtype=job.dtype)
+    layer.to(torch.float32).requires_grad_(False)
+    return layer, relative_error(W, layer.to_matrix(), C, B)
+
+
+def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe: Recipe) -> MPO:
+    assert plan.sites is not None
+    if C is None:
+        return sequential_svd(W, plan.sites, plan.bonds)
+    if not plan.sites.is_matrix_cut:
+        raise ValueError(f"sites {plan.sites} are fitted in the frobenius metric only; use metric=frobenius or sites=matrix")
+    rows_in = W.shape[0] > W.shape[1]
+    roots = {"input_root": moment_root(C, recipe.damping)} if rows_in else {"input_moment": C}
+    return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)  # type: ignore[arg-type]
+
+
+def _weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None:
+    """Returns token weights for matrices that write into the residual stream: by the stream they write into."""
+    if not (group.writes and group.every_token):
+        return None
+    return token_weights((after if group.last else before).flatten(0, 1))
+
+
+def _ids(job: Job, first: int, count: int | None = None) -> Tensor:
+    return job.ids[first : first + (count or job.batch)].to(job.device)
+
+
+def _rows(job: Job, stream: Stream, first: int, count: int | None = None) -> Tensor:
+    return stream.read(first, count or job.batch).to(job.device)
+
+
+def _full(job: Job, k: int, group: Group) -> str:
+    return f"{job.runner.path}.{k}.{group.names[0]}"
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,169 @@
+"""Second moments: of what a matrix reads (`C = E[x x^T]`) and of the loss gradient at what it gives (`B = E[g g^T]`).
+
+Legend: `T` tokens, `I` in features, `O` out features. Hidden states stream from disk; one block of weights is resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bondsmith.model.blocks import BlockRunner, matrices, shape
+from bondsmith.model.checkpoint import write_shard
+from bondsmith.model.source import ModelError
+from bondsmith.stages.streams import Stream
+
+
+class Moment:
+    """A weighted mean of outer products, summed in float32 on the device of its rows, divided when read."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu"):
+        self._sum = torch.zeros(features, features, device=device)
+        self._weight = 0.0
+
+    def add(self, rows_TI: Tensor, weights_T: Tensor | None = None, other_TI: Tensor | None = None) -> None:
+        """Adds `sum_t w_t x_t y_t^T` for rows `x` and `other` rows `y` (`x` itself by default)."""
+        weighted = rows_TI if weights_T is None else rows_TI * weights_T[:, None]
+        self._sum.addmm_(weighted.T, rows_TI if other_TI is None else other_TI)
+        self._weight += float(rows_TI.shape[0] if weights_T is None else weights_T.sum())
+
+    def mean(self, name: str) -> Tensor:
+        """Returns the (features, features) mean; ModelError names the matrix if it is not finite or has seen no token."""
+        if self._weight == 0:
+            raise ModelError(f"{name}: no calibration token reached this matrix; calibrate on more or other text")
+        mean = self._sum / self._weight
+        if not torch.isfinite(mean).all():
+            raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
+        return mean
+
+
+def token_weights(hidden_TI: Tensor) -> Tensor:
+    """Returns `1 / mean(y_t^2)` per token, (tokens,).
+
+    A few tokens of Llama-like models carry activations a thousand times the others'; the norm that reads the residual stream divides
+    them away, and so must the error that is minimised.
+    """
+    return 1 / hidden_TI.square().mean(-1).clamp_min(1e-12)
+
+
+def block_inputs(
+    runner: BlockRunner,
+    load: Callable[[int], nn.Module],
+    ids: Tensor,
+    streams: Sequence[Stream],
+    batch: int,
+    advance: Callable[[], None],
+) -> None:
+    """Fills `streams[k]` with the hidden states that enter block k (the last one: that leave the last block).
+
+    Streams that are complete are not computed again.
+    """
+
+    def rows(k: int) -> Callable[[int], Tensor]:
+        if k == 0:
+            return lambda first: runner.enter(ids[first : first + batch])
+        return lambda first: runner.block(k - 1, ids[first : first + batch], streams[k - 1].read(first, batch))
+
+    for k, stream in enumerate(streams):
+        if not stream.complete:
+            if k:
+                load(k - 1)
+            with torch.no_grad():
+                stream.write(rows(k)(first) for first in range(0, len(ids), batch))
+        advance()
+
+
+def output_moments(
+    runner: BlockRunner,
+    load: Callable[[int], nn.Module],
+    ids: Tensor,
+    streams: Sequence[Stream],
+    folder: Path,
+    *,
+    batch: int,
+    seed: int,
+    advance: Callable[[], None],
+) -> None:
+    """Writes `folder/block-K.safetensors` with `B` of every matrix of block K, last block first.
+
+    The loss is the cross entropy with labels sampled from the model's own distribution (the Fisher information), so no data label
+    enters. Blocks that are written already are not computed again.
+
+    Args:
+        load: brings the weights of a block into the runner and returns it.
+        ids: token windows, (windows, tokens).
+        streams: hidden states at every block boundary, one more than there are blocks, complete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    gradients = [Stream(folder / f"gradient-{k}", s.shape) for k, s in enumerate(streams)]
+    if not gradients[-1].complete and not (folder / "block-0.safetensors").is_file():
+        generator = torch.Generator().manual_seed(seed)
+        hidden = streams[-1]
+        gradients[-1].write(_head_gradient(runner, ids[f : f + 1], hidden.read(f, 1), generator) for f in range(len(ids)))
+    for k in reversed(range(len(runner))):
+        if not (folder / f"block-{k}.safetensors").is_file():
+            _block_moments(runner, load(k), k, ids, streams[k], gradients, folder, batch)
+        gradients[k + 1].remove()
+        advance()
+    gradients[0].remove()
+
+
+def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:
+    """Returns `B` by matrix name inside the block."""
+    return load_file(folder / f"block-{block}.safetensors")
+
+
+def _head_gradient(runner: BlockRunner, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    leaf = hidden.requires_grad_()
+    logits = runner.logits(ids, leaf).flatten(0, 1).float()
+    draws = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    with torch.no_grad():  # inverse of the cumulative distribution: one uniform number a token, the same on every device
+        labels = (logits.softmax(-1).cumsum(-1) < draws).sum(-1).clamp_max(logits.shape[-1] - 1)
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+def _block_moments(
+    runner: BlockRunner,
+    block: nn.Module,
+    k: int,
+    ids: Tensor,
+    stream: Stream,
+    gradients: list[Stream],
+    folder: Path,
+    batch: int,
+) -> None:
+    table = matrices(block)
+    moments = {name: Moment(shape(m)[0], m.weight.device) for name, m in table.items()}
+    handles = [m.register_forward_hook(_watch_gradient(moments[name])) for name, m in table.items()]
+
+    def back() -> Iterator[Tensor]:
+        for first in range(0, len(ids), batch):
+            leaf = stream.read(first, batch).to(block_device(block)).requires_grad_()
+            out = runner.block(k, ids[first : first + batch], leaf)
+            yield torch.autograd.grad(out, leaf, gradients[k + 1].read(first, batch).to(out.device))[0]
+
+    try:
+        gradients[k].write(back())
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = {name: m.mean(name) for name, m in moments.items() if m._weight}
+    write_shard(folder / f"block-{k}.safetensors", seen)
+
+
+def _watch_gradient(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda g: moment.add(g.reshape(-1, g.shape[-1])))
+
+    return hook
+
+
+def block_device(block: nn.Module) -> torch.device:
+    """Returns the device that the weights of a block are on."""
+    return next(block.parameters()).device
