@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+VOCABULARY = 512
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
@@ -22,9 +24,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
-    """Returns the configuration of a three-block model of width 32 and 128 words."""
+    """Returns the configuration of a three-block model of width 32."""
     common = {
-        "vocab_size": 128,
+        "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 3,
@@ -36,7 +38,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     }
     settings = FAMILIES[family] if family == "gpt2" else common | FAMILIES[family]
     if family == "gpt2":
-        settings = settings | {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
+        settings = settings | {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(family, **(settings | overrides))
 
 
@@ -51,3 +53,70 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def tiny_tokenizer() -> Any:
+    """Returns a byte-pair tokenizer of at most 512 pieces, trained here, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(f"w{n}" for n in range(250))], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    )
+    return fast
+
+
+def save_tiny(directory: Path, family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    """Writes a tiny model with its tokenizer as a Hugging Face directory; returns the model."""
+    model = tiny_model(family, **overrides)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return model
+
+
+def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
+    """Writes a text of random numbers, w3 ... w127, in paragraphs; returns its path."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(3, 128, (words,), generator=generator).tolist()
+    lines = [" ".join(f"w{n}" for n in numbers[i : i + 100]) for i in range(0, words, 100)]
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny matrices are slower on several threads, most of all on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file for calibration."""
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with tied embeddings on disk."""
+    path = tmp_path_factory.mktemp("original") / "llama"
+    save_tiny(path, tie_word_embeddings=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def compressed(original: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, compressed with evaluation."""
+    import bondsmith
+
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    settings = {"keep": 0.6, "tokens": 1024, "window": 32, "evaluation_windows": 2}
+    return bondsmith.compress(original, out, calibration=[str(text)], **settings).path

@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bondsmith import environment
-from bondsmith.data import SELF, DataError, Windows, check_spec, sample_windows, split_windows
+
+from bondsmith.data import SELF, DataError, Windows, check_spec, read_windows, sample_windows, split_windows
 from bondsmith.model.blocks import BlockRunner, matrices, shape
 from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json, write_shard
 from bondsmith.model.source import (
@@ -38,7 +39,7 @@ from bondsmith.model.source import (
     stored_names,
 )
 from bondsmith.recipe import Recipe
-from bondsmith.stages import decompose, moments, quality, report, speed
+from bondsmith.stages import decompose, describe, moments, quality, report, speed
 from bondsmith.stages.plan import Plan, uniform_plan
 from bondsmith.stages.streams import Stream
 
@@ -107,7 +108,7 @@ def compress(
     """
     recipe = recipe.changed(**settings) if recipe else Recipe.from_settings(settings)
     out = Path(out).expanduser().absolute()
-    for spec in (*recipe.calibration, *recipe.evaluate):
+    for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
     directory = _open_directory(out, resume, overwrite)
     with _logging_to(directory / "log.txt"):
@@ -140,7 +141,7 @@ class _Run:
 
     def all(self, model: str | Path | PreTrainedModel, resume: bool, evaluate: bool) -> dict[str, Any]:
         """Runs what is not done yet; returns the results."""
-        log.info("bondsmith %s: %s", environment.versions()["bondsmith"], self.command)
+        log.info("bondsmith %s: %s", describe.versions()["bondsmith"], self.command)
         with self.stage("open"):
             source = open_source(model, self.work / "source")
             runner = BlockRunner(skeleton(source.config))
@@ -225,10 +226,11 @@ class _Run:
         tokens = r.tokens * len(texts) // max(1, len(specs))
         options = {"window": window, "seed": r.seed}
         calibration, held_out = split_windows(texts, tokenizer, tokens=tokens, held_out=held, **options)
-        own_evaluation = [s for s in r.evaluate if s not in texts and s != SELF]
-        held_out += split_windows(own_evaluation, tokenizer, tokens=0, held_out=held, **options)[1]
+        own_evaluation = [s for s in r.evaluation if s not in texts and s != SELF]
+        if held:
+            held_out += [read_windows(spec, tokenizer, count=held, **options) for spec in own_evaluation]
         own = -(-(r.tokens - tokens) // window) if SELF in specs else 0
-        extra = held if SELF in (*specs, *r.evaluate) or (held and not held_out) else 0
+        extra = held if SELF in (*specs, *r.evaluation) or (held and not held_out) else 0
         if own or extra:
             samples = self.sample(source, tokenizer, own + extra, window)
             calibration += [Windows(SELF, samples[extra:], own)] if own else []
@@ -305,7 +307,7 @@ class _Run:
 
     def describe(self, job: decompose.Job, calibration: list[Windows]) -> dict[str, Any]:
         """Returns the sections of `results.json` that need no measurement."""
-        return environment.describe_run(
+        return describe.describe_run(
             job.source, job.plan, self.recipe, job.dtype, calibration, decompose.read_errors(job), self.directory, self.command
         )
 
@@ -323,6 +325,76 @@ class _Run:
             models = load_whole(source, device), load(self.directory, dtype=torch.float32).to(device)
             rates = speed.compare_speed(*models, seed=self.recipe.seed, advance=lambda s: self.progress("speed", s))
         return {"quality": rows, "speed": rates}
+
+
+def score(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    against: str | Path | None = None,
+    batch_size: int = 8,
+    progress: Progress = lambda stage, share: None,
+) -> list[dict[str, Any]]:
+    """Returns benchmark scores of `model`, and of `against` on the same rows: task, metric, rows, model, score, stderr.
+
+    Where `model` is a compressed directory, its results.json and report are brought up to date.
+
+    Args:
+        tasks: names of lm-evaluation-harness tasks.
+        data: folder of local benchmark files; hub data sets without it.
+        limit: rows per task.
+
+    Raises:
+        TaskError: a task, file or column does not exist; before any model is loaded.
+        ModelError: a model cannot be opened.
+    """
+    from bondsmith.stages.benchmark import check_tasks, run_tasks
+
+    check_tasks(tasks, data, limit=limit)
+    names = {"compressed": model} if against is None else {"original": against, "compressed": model}
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = {label: _open_whole(name, Path(folder) / label) for label, name in names.items()}
+        tokenizer = load_tokenizer(Path(model))
+        scores = run_tasks(
+            loaded,
+            tokenizer,
+            tasks,
+            data=data,
+            limit=limit,
+            batch_size=batch_size,
+            on_progress=lambda stage, done, total: progress(stage, done / max(1, total)),
+        )
+    rows = [asdict(s) for s in scores]
+    results = Path(model) / "results.json"
+    if results.is_file():
+        content = json.loads(results.read_text())
+        content["tasks"] = merge_tasks(content.get("tasks", []), rows)
+        write_json(results, content)
+        report.write_report(Path(model), content)
+    return rows
+
+
+def merge_tasks(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the `tasks` section of `results.json`: new scores by task and metric, in the place of older ones."""
+    merged = {(t["task"], t["metric"]): dict(t) for t in before}
+    empty = {"original": None, "original_stderr": None, "compressed": None, "compressed_stderr": None}
+    for row in rows:
+        key = row["task"], row["metric"]
+        found = merged.get(key)
+        if found is None or found["rows"] != row["rows"]:
+            found = merged[key] = {"task": row["task"], "metric": row["metric"], "rows": row["rows"], **empty}
+        found[row["model"]], found[row["model"] + "_stderr"] = row["score"], row["stderr"]
+    return list(merged.values())
+
+
+def _open_whole(name: str | Path, cache: Path) -> PreTrainedModel:
+    """Returns a model in memory in float32: a compressed directory, or whatever `open_source` takes."""
+    config = Path(name) / "config.json"
+    if config.is_file() and '"quant_method": "bondsmith"' in config.read_text():
+        return load(name, dtype=torch.float32)
+    return load_whole(open_source(name, cache))
 
 
 def load_whole(source: Source, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -393,7 +465,7 @@ def _check_memory(source: Source, copies: int, purpose: str, remedy: str) -> Non
 def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
     from bondsmith.model.hub import FORMAT
 
-    texts = [Path(s).expanduser() for s in (*recipe.calibration, *recipe.evaluate) if s != SELF and not s.startswith("hf:")]
+    texts = [Path(s).expanduser() for s in (*recipe.calibration, *recipe.evaluation) if s != SELF and not s.startswith("hf:")]
     return {
         "format": FORMAT,
         "torch": torch.__version__,

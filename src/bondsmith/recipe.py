@@ -35,7 +35,7 @@ class Recipe:
         calibration: SPECs of calibration text, see `bondsmith.data`.
         tokens: calibration tokens in all.
         window: tokens per window.
-        evaluate: SPECs of evaluation text; a held-out part of the calibration text is used always.
+        evaluation: SPECs of evaluation text; a held-out part of the calibration text is used always.
         evaluation_windows: windows per evaluation text.
         damping: share of the mean eigenvalue added to every second moment.
         keep_dense: glob patterns of matrices that stay as they are, e.g. "*.layers.0.*".
@@ -54,7 +54,7 @@ class Recipe:
     calibration: tuple[str, ...] = ("self",)
     tokens: int = 32768
     window: int = 512
-    evaluate: tuple[str, ...] = ()
+    evaluation: tuple[str, ...] = ()
     evaluation_windows: int = 8
     damping: float = 1e-3
     keep_dense: tuple[str, ...] = field(default=())
@@ -63,7 +63,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("calibration", "evaluate", "keep_dense"):
+        for name in ("calibration", "evaluation", "keep_dense"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.bytes is not None:

@@ -1,0 +1,97 @@
+"""Log-perplexity lost by each way of fitting, on the same calibration and evaluation text, in one run.
+
+    python benchmarks/methods.py MODEL --calibration FILE ... --evaluate FILE ... --keep 0.8 --tokens 65536
+
+prints a table of nats lost per token (mean over the evaluation texts) beside the plain sequential SVD of three sites, the method of
+arXiv 2401.14109 without its retraining. Evaluation text is never calibrated on: it comes from other files, or from documents of the
+same file that are held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import bondsmith
+from bondsmith.data import Windows, read_windows
+from bondsmith.model.checkpoint import open_compressed
+from bondsmith.model.source import load_tokenizer, open_source
+from bondsmith.stages.quality import compare
+
+METHODS: dict[str, dict[str, Any]] = {
+    "plain SVD, 3 sites": {"metric": "frobenius", "sites": "interleaved:3"},
+    "plain SVD, matrix cut": {"metric": "frobenius"},
+    "input, no gauge": {"metric": "input", "propagate": False, "gauge": False},
+    "input": {"metric": "input", "propagate": False},
+    "input, propagated": {"metric": "input", "propagate": True},
+    "loss": {"metric": "loss", "propagate": False},
+    "loss, propagated": {"metric": "loss", "propagate": True},
+    "loss, propagated 0.25": {"metric": "loss", "propagate": True, "propagation_strength": 0.25},
+    "loss, propagated 0.75": {"metric": "loss", "propagate": True, "propagation_strength": 0.75},
+    "loss, propagated 1": {"metric": "loss", "propagate": True, "propagation_strength": 1.0},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--evaluate", nargs="+", required=True)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 512 tokens per text")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--set", nargs="*", default=[], help="other settings, e.g. damping=0.01")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    extra = {k: json.loads(v) for k, v in (pair.split("=") for pair in options.set)}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(options.model, Path(folder) / "source")
+        tokenizer = load_tokenizer(source.path)
+        texts = [_windows(spec, tokenizer, options.windows) for spec in options.evaluate]
+        for keep in options.keep:
+            for name in options.methods:
+                out, start = Path(folder) / "out", time.perf_counter()
+                shared = {"keep": keep, "tokens": options.tokens, "calibration": options.calibration}
+                settings = shared | METHODS[name] | extra
+                run = bondsmith.compress(source.path, out, overwrite=True, evaluate=False, **settings)
+                seconds = time.perf_counter() - start
+                quality = compare(source, open_compressed(out), texts, torch.device("cpu"))
+                size = run.results["size"]["compressed"]
+                rows.append({"method": name, "keep": keep, "seconds": seconds, "quality": quality, "size": size})
+                print(name, keep, f"{seconds:.0f} s", [round(q["nats_lost"], 4) for q in quality], run.results["seconds"], flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1))
+    show(rows, texts)
+
+
+def _windows(spec: str, tokenizer: Any, count: int) -> Windows:
+    return read_windows(spec, tokenizer, count=count, window=512, seed=1)
+
+
+def show(rows: list[dict[str, Any]], texts: list[Windows]) -> None:
+    """Prints nats lost per text, their mean, and the ratio to the first method at the same keep."""
+    table = Table("keep", "method", *(Path(t.spec).name.split(".")[0] for t in texts), "mean", "of plain SVD", "KL", "top-1", "seconds")
+    for row in rows:
+        lost = [q["nats_lost"] for q in row["quality"]]
+        mean = sum(lost) / len(lost)
+        first = next(r for r in rows if r["keep"] == row["keep"])
+        base = sum(q["nats_lost"] for q in first["quality"]) / len(lost)
+        kl = sum(q["kl"] for q in row["quality"]) / len(lost)
+        top = sum(q["top1"] for q in row["quality"]) / len(lost)
+        cells = [f"{v:.3f}" for v in (*lost, mean, mean / base, kl, top)]
+        table.add_row(f"{row['keep']:g}", row["method"], *cells, f"{row['seconds']:.0f}")
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

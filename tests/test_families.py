@@ -1,0 +1,89 @@
+"""Every architecture goes through the same code: compress, save, load, generate; with everything kept nothing changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, save_tiny
+from transformers import PreTrainedModel
+
+import bondsmith
+from bondsmith.model.blocks import find_blocks, matrices
+from bondsmith.nn.linear import MPOLinear
+from bondsmith.stages import plan as plans
+
+IDS = torch.arange(3, 35).view(2, 16)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    path = tmp_path_factory.mktemp(request.param) / "model"
+    return save_tiny(path, request.param), path
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def compress(path: Path, text: Path, out: Path, **settings: object) -> bondsmith.Compressed:
+    shared = {"calibration": [str(text)], "tokens": 1024, "window": 32, "evaluate": False}
+    return bondsmith.compress(path, out, **(shared | settings))  # type: ignore[arg-type]
+
+
+def test_compress_save_load_generate(family: tuple[PreTrainedModel, Path], text: Path, tmp_path: Path) -> None:
+    model, path = family
+    done = compress(path, text, tmp_path / "out", keep=0.7)
+    small = done.load()
+    blocks = model.get_submodule(find_blocks(model))
+    assert sum(isinstance(m, MPOLinear) for m in small.modules()) == sum(len(matrices(b)) for b in blocks)
+    before, after = (done.results["size"][m]["parameters"] for m in ("original", "compressed"))
+    assert after == small.num_parameters() < before == model.num_parameters()
+    assert 0 < (logits(small) - logits(model)).abs().max() < 20
+    out = small.generate(IDS[:1], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert out.shape == (1, 20)
+
+
+def test_everything_kept_changes_nothing(family: tuple[PreTrainedModel, Path], text: Path, tmp_path: Path) -> None:
+    model, path = family
+    small = compress(path, text, tmp_path / "out", keep=1.0).load()
+    assert torch.allclose(logits(small), logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("sites", ["matrix", "interleaved:2"])
+def test_networks_with_full_bonds_change_nothing(
+    family: tuple[PreTrainedModel, Path], text: Path, tmp_path: Path, sites: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """keep=1 leaves every matrix dense; here each becomes a network whose bonds cut nothing off."""
+    model, path = family
+    metric = "loss" if sites == "matrix" else "frobenius"
+    uniform = plans.uniform_plan
+
+    def full(*args: object) -> plans.Plan:
+        plan = uniform(*args)  # type: ignore[arg-type]
+        matrices = tuple(
+            m if m.sites is None else replace(m, bonds=m.sites.exact_bonds(), gauge=False) for m in plan.matrices
+        )
+        return replace(plan, matrices=matrices)
+
+    monkeypatch.setattr("bondsmith.pipeline.uniform_plan", full)
+    done = compress(path, text, tmp_path / "out", keep=0.7, sites=sites, metric=metric, damping=1e-6)
+    small = done.load()
+    assert any(isinstance(m, MPOLinear) for m in small.modules())
+    assert torch.allclose(logits(small), logits(model), atol=1e-4)
+
+
+def test_the_metrics_of_the_loss_beat_plain_svd(
+    family: tuple[PreTrainedModel, Path], text: Path, tmp_path: Path
+) -> None:
+    model, path = family
+    reference = logits(model).log_softmax(-1)
+
+    def divergence(**settings: object) -> float:
+        small = compress(path, text, tmp_path / "out", keep=0.7, overwrite=True, **settings).load()
+        return float((reference.exp() * (reference - logits(small).log_softmax(-1))).sum(-1).mean())
+
+    assert divergence(metric="loss") < divergence(metric="frobenius", sites="interleaved:3")
