@@ -192,7 +192,13 @@ def _progress() -> Iterator[Any]:
                 bars[stage] = progress.add_task(stage, total=1.0)
             progress.update(bars[stage], completed=share)
 
-        yield show
+        try:
+            yield show
+        except BaseException:
+            for bar in progress.tasks:
+                if not bar.finished:
+                    progress.remove_task(bar.id)
+            raise
 
 
 def _show_results(path: Path, results: dict[str, Any]) -> None:

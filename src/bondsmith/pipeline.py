@@ -113,6 +113,7 @@ def compress(
     directory = _open_directory(out, resume, overwrite)
     with _logging_to(directory / "log.txt"):
         run = _Run(directory, recipe, progress, command or _python_command(model, out, recipe))
+        run.started = (directory / FINGERPRINT).is_file()
         try:
             results = run.all(model, resume, evaluate)
         except (ModelError, DataError, ValueError) as error:
@@ -126,7 +127,7 @@ def compress(
 
 @dataclass
 class _Run:
-    """One run in its directory; the stages in order."""
+    """One run in its directory; the stages in order. Once `started`, what is there is worth keeping."""
 
     directory: Path
     recipe: Recipe
@@ -155,6 +156,7 @@ class _Run:
         self.recipe.save(self.directory / "recipe.yaml")
         with self.stage("calibration text"):
             calibration, held_out = self.windows(source, tokenizer, evaluate)
+        self.started = True
         job = self.job(source, runner, plan, calibration, dtype)
         self.fisher(job)
         with self.stage("decompose"):
@@ -192,14 +194,12 @@ class _Run:
         if path.is_file():
             changes = _changes(json.loads(path.read_text()), now)
             if changes:
-                self.started = True  # what is there belongs to another run: keep it
                 raise RunError(
                     f"{self.directory} holds an unfinished run with other settings or files ({'; '.join(changes)}): "
                     "give the same ones, or --overwrite to start anew"
                 )
         else:
             write_json(path, now)
-        self.started = True
 
     def windows(self, source: Source, tokenizer: Any, evaluate: bool) -> tuple[list[Windows], list[Windows]]:
         """Returns calibration and held-out windows; made once, then read from `work/windows.safetensors`."""

@@ -24,18 +24,25 @@ class Moment:
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         self._sum = torch.zeros(features, features, device=device)
         self._weight = 0.0
+        self._rows = 0
 
     def add(self, rows_TI: Tensor, weights_T: Tensor | None = None, other_TI: Tensor | None = None) -> None:
         """Adds `sum_t w_t x_t y_t^T` for rows `x` and `other` rows `y` (`x` itself by default)."""
         weighted = rows_TI if weights_T is None else rows_TI * weights_T[:, None]
         self._sum.addmm_(weighted.T, rows_TI if other_TI is None else other_TI)
+        self._rows += rows_TI.shape[0]
         self._weight += float(rows_TI.shape[0] if weights_T is None else weights_T.sum())
+
+    @property
+    def seen(self) -> bool:
+        """True once there was a row."""
+        return self._rows > 0
 
     def mean(self, name: str) -> Tensor:
         """Returns the (features, features) mean; ModelError names the matrix if it is not finite or has seen no token."""
-        if self._weight == 0:
+        if not self.seen:
             raise ModelError(f"{name}: no calibration token reached this matrix; calibrate on more or other text")
-        mean = self._sum / self._weight
+        mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
         if not torch.isfinite(mean).all():
             raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
         return mean
@@ -152,7 +159,7 @@ def _block_moments(
     finally:
         for handle in handles:
             handle.remove()
-    seen = {name: m.mean(name) for name, m in moments.items() if m._weight}
+    seen = {name: m.mean(name) for name, m in moments.items() if m.seen}
     write_shard(folder / f"block-{k}.safetensors", seen)
 
 
