@@ -27,7 +27,7 @@ out, err = Console(), Console(stderr=True)
 
 def main() -> None:
     """Runs the command line: one clear sentence and a non-zero exit for what a person can put right."""
-    _quiet()
+    quiet()
     from bondsmith.data import DataError
     from bondsmith.model.checkpoint import DiskFullError
     from bondsmith.model.source import ModelError
@@ -97,7 +97,7 @@ def compress(
     }
     changes = {name: value for name, value in given.items() if value not in (None, [])}
     settings = Recipe.read(recipe, **changes) if recipe else Recipe.from_settings(changes)
-    with _progress() as show:
+    with progress_bars() as show:
         done = pipeline.compress(
             model,
             directory,
@@ -124,7 +124,7 @@ def evaluate(
     from bondsmith import pipeline
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    with _progress() as show:
+    with progress_bars() as show:
         rows = pipeline.score(
             model, names, data=data, limit=limit, against=against, batch_size=batch_size, progress=show
         )
@@ -181,7 +181,7 @@ def _ask() -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def progress_bars() -> Iterator[Any]:
     """Yields a function (stage, share) that draws one bar per stage with the time it still needs."""
     columns = (TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     bars: dict[str, TaskID] = {}
@@ -224,7 +224,7 @@ def _show_tasks(rows: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps the libraries' own bars and warnings off the screen; ours say what happens."""
     from transformers.utils import logging as transformers_logging
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -354,12 +354,10 @@ def score(
 
     check_tasks(tasks, data, limit=limit)
     names = {"compressed": model} if against is None else {"original": against, "compressed": model}
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = {label: _open_whole(name, Path(folder) / label) for label, name in names.items()}
-        tokenizer = load_tokenizer(Path(model))
+    with opened(names) as loaded:
         scores = run_tasks(
             loaded,
-            tokenizer,
+            load_tokenizer(Path(model)),
             tasks,
             data=data,
             limit=limit,
@@ -370,10 +368,23 @@ def score(
     results = Path(model) / "results.json"
     if results.is_file():
         content = json.loads(results.read_text())
-        content["tasks"] = merge_tasks(content.get("tasks", []), rows)
-        write_json(results, content)
-        report.write_report(Path(model), content)
+        record(Path(model), {"tasks": merge_tasks(content.get("tasks", []), rows)})
     return rows
+
+
+@contextmanager
+def opened(names: Mapping[str, str | Path]) -> Iterator[dict[str, PreTrainedModel]]:
+    """Yields models in memory, in float32, by label: compressed directories, or whatever `open_source` takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield {label: _open_whole(name, Path(folder) / label) for label, name in names.items()}
+
+
+def record(directory: Path, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts sections into the results.json of a compressed directory and draws its report anew; returns the results."""
+    results = json.loads((directory / "results.json").read_text()) | dict(sections)
+    write_json(directory / "results.json", results)
+    report.write_report(directory, results)
+    return results
 
 
 def merge_tasks(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

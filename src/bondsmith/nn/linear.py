@@ -147,6 +147,7 @@ class MPOLinear(nn.Module):
 
     def _forward_cut(self, x: Tensor) -> Tensor:
         first, last = self.cores[0], self.cores[1]
+        y: Tensor
         z = last(x)
         if self.pivots is None:
             y = first(z)

@@ -22,10 +22,11 @@ class Conversation:
 
     def __init__(self, name: str, *, max_new_tokens: int = 256, temperature: float = 0.0):
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            gpu = torch.cuda.is_available()  # on a CPU float32 is fastest, and a compressed model takes its dtype on loading
+            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if gpu else torch.float32)
         except (OSError, ValueError) as error:
             raise ModelError(f"{name}: {str(error).strip().splitlines()[0]}") from error
-        self.model: PreTrainedModel = model.float() if not torch.cuda.is_available() else model.to("cuda")
+        self.model: PreTrainedModel = model.to("cuda") if gpu else model
         self.tokenizer = load_tokenizer(Path(name))
         self.turns: list[dict[str, str]] = []
         self.options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

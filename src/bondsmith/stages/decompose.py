@@ -27,6 +27,7 @@ from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
 from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.weighted import fit_mpo
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe
     if C is None:
         return sequential_svd(W, plan.sites, plan.bonds)
     if not plan.sites.is_matrix_cut:
-        raise ValueError(f"sites {plan.sites} are fitted in the frobenius metric only; use metric=frobenius or sites=matrix")
+        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=recipe.damping).mpo
     rows_in = W.shape[0] > W.shape[1]
     roots = {"input_root": moment_root(C, recipe.damping)} if rows_in else {"input_moment": C}
     return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ ROLLING_WINDOW = 2048  # tokens; the window of published perplexities, and 0.4 G
 _LOGITS = 2**26  # most float32 logits of one batch (0.25 GB); lm-eval makes a copy of the same size
 
 Request = tuple[Any, list[int], list[int]]  # (texts, context tokens, continuation tokens)
+Answer = tuple[float, bool]  # (log-likelihood of the continuation, whether greedy decoding would give it)
 
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -36,11 +37,13 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._on_progress = on_progress
         self._done = self._total = 0
         self._keep = 0
-        self._can_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._can_keep = "logits_to_keep" in parameters
+        self._can_share = "past_key_values" in parameters  # state-space models carry a state, not keys and values
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         self._start(len(requests))
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -67,9 +70,14 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for batch, keep in self._batches(requests):
+    ) -> list[Answer]:
+        answers: list[Answer] = [(0.0, False)] * len(requests)
+        branching, single = self._by_context(requests)
+        for contexts in branching:
+            for i, answer in self._score_branches(requests, contexts):
+                answers[i] = answer
+            self._advance(sum(map(len, contexts)))
+        for batch, keep in self._batches(requests, single):
             self._keep = keep
             scored = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
             for i, answer in zip(batch, scored, strict=True):
@@ -77,10 +85,62 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             self._advance(len(batch))
         return answers
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], int]]:
+    def _by_context(self, requests: Sequence[Request]) -> tuple[list[list[list[int]]], list[int]]:
+        """(batches of contexts of equal length, each with the numbers of its requests; numbers of all other requests).
+
+        A context whose choices need several inputs runs once and its keys and values serve all of them: a third of the
+        time on ARC. Equal lengths, because then no padding can touch the numbers.
+        """
+        members: dict[tuple[int, ...], list[int]] = {}
+        for i, (_, context, _) in enumerate(requests):
+            members.setdefault(tuple(context), []).append(i)
+        shared: dict[int, list[list[int]]] = {}
+        single: list[int] = []
+        for context, group in sorted(members.items(), key=lambda item: (-len(item[0]), item[0])):
+            longest = len(context) + max(len(requests[i][2]) for i in group)
+            inputs = {tuple(requests[i][2][:-1]) for i in group}
+            if len(inputs) > 1 and len(context) > 1 and longest <= self.max_length and self._can_share:
+                shared.setdefault(len(context), []).append(group)
+            else:
+                single += group
+        return [batch for groups in shared.values() for batch in self._split(requests, groups)], single
+
+    def _split(self, requests: Sequence[Request], groups: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+        batch: list[list[int]] = []
+        for group in groups:
+            numbers = [i for each in [*batch, group] for i in each]
+            logits = len(numbers) * max(len(requests[i][2]) for i in numbers) * self._vocabulary
+            if batch and (len(batch) == self.batch_size or logits > _LOGITS):
+                yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _score_branches(self, requests: Sequence[Request], contexts: list[list[int]]) -> Iterator[tuple[int, Answer]]:
+        """(request number, answer): one pass over all tokens of the contexts but the last, one over what follows."""
+        stems = torch.tensor([requests[group[0]][1][:-1] for group in contexts], device=self.device)
+        cache = self.model(stems, use_cache=True, **self._last_logits(1)).past_key_values
+        numbers = [i for group in contexts for i in group]
+        owners = [k for k, group in enumerate(contexts) for _ in group]
+        cache.reorder_cache(torch.tensor(owners, device=self.device))
+        targets = [requests[i][2] for i in numbers]
+        width = max(map(len, targets))
+        inputs = torch.zeros(len(numbers), width, dtype=torch.long, device=self.device)
+        for row, i, target in zip(inputs, numbers, targets, strict=True):
+            row[: len(target)] = torch.tensor([requests[i][1][-1], *target[:-1]])
+        logits = self.model(inputs, past_key_values=cache, use_cache=True).logits.float()
+        for row, i, target in zip(logits.log_softmax(-1), numbers, targets, strict=True):
+            scored, tokens = row[: len(target)], torch.tensor(target, device=self.device)
+            total = scored.gather(1, tokens[:, None]).sum()
+            yield i, (float(total), bool((scored.argmax(-1) == tokens).all()))
+
+    def _batches(self, requests: Sequence[Request], chosen: Sequence[int]) -> Iterator[tuple[list[int], int]]:
         """(request numbers, logits kept per row), longest inputs first; requests that share an input share a row."""
         inputs: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, continuation) in enumerate(requests):
+        for i in chosen:
+            _, context, continuation = requests[i]
             inputs.setdefault((*context, *continuation[:-1]), []).append(i)
         batch: list[int] = []
         rows = keep = longest = 0
@@ -98,10 +158,12 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         # lm-eval finds the scored positions from the right end, so leading logits need not exist.
-        part = {"logits_to_keep": self._keep} if self._can_keep else {}
         with torch.inference_mode():
-            logits: Tensor = self.model(inps, use_cache=False, **part).logits
+            logits: Tensor = self.model(inps, use_cache=False, **self._last_logits(self._keep)).logits
         return logits
+
+    def _last_logits(self, count: int) -> dict[str, int]:
+        return {"logits_to_keep": count} if self._can_keep else {}
 
     @property
     def _vocabulary(self) -> int:

@@ -1,5 +1,6 @@
 """The mathematics: site shapes, matrix product operators, fits. Imports torch and nothing else."""
 
+from bondsmith.tensor import algebra
 from bondsmith.tensor.fit import (
     Root,
     moment_root,
@@ -10,11 +11,15 @@ from bondsmith.tensor.fit import (
 )
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.sites import Sites, parse_sites
+from bondsmith.tensor.weighted import Fit, fit_mpo
 
 __all__ = [
     "MPO",
+    "Fit",
     "Root",
     "Sites",
+    "algebra",
+    "fit_mpo",
     "moment_root",
     "parse_sites",
     "propagated_target",

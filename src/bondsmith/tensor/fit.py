@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bondsmith.tensor.algebra import fix_signs
 from bondsmith.tensor.checks import check_matrix, check_moment
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.sites import Sites
@@ -39,7 +40,7 @@ def moment_root(moment: Tensor, damping: float = DAMPING, name: str = "moment") 
     ValueError if the moment is not square, finite, symmetric and non-negative.
     """
     check_moment(moment, moment.shape[0], name)
-    values, vectors = torch.linalg.eigh(_damped(moment, damping))
+    values, vectors = torch.linalg.eigh(damped(moment, damping))
     if float(values[0]) < -_INDEFINITE * float(values[-1].abs()):
         raise ValueError(f"{name} is indefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}")
     tiny = torch.finfo(torch.float64).eps * max(float(values[-1]), torch.finfo(torch.float64).tiny) * len(values)
@@ -138,8 +139,16 @@ def propagated_target(
         )
     W, moment = weight.to(torch.float64), input_moment.to(torch.float64)
     difference = W @ (cross_moment.to(torch.float64) - moment)
-    shift: Tensor = torch.linalg.solve(_damped(moment, damping), difference, left=False)
+    shift: Tensor = torch.linalg.solve(damped(moment, damping), difference, left=False)
     return (W + alpha * shift).to(weight.dtype)
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """`moment + damping * mean(diag) * 1`, symmetric, float64."""
+    moment = moment.to(torch.float64)
+    moment = (moment + moment.T) / 2
+    moment.diagonal().add_(damping * moment.diagonal().mean())
+    return moment
 
 
 def interleave(weight: Tensor, sites: Sites) -> Tensor:
@@ -154,12 +163,6 @@ def check_sites(weight: Tensor, sites: Sites) -> None:
         raise ValueError(
             f"sites {sites} multiply to {sites.out_features} x {sites.in_features}, the weight is {tuple(weight.shape)}"
         )
-
-
-def fix_signs(vectors: Tensor) -> Tensor:
-    """The columns, each with its largest entry positive: singular vectors come with a sign that differs by machine."""
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
 def _cut_rows(
@@ -185,16 +188,9 @@ def _cut_rows(
         gram = half @ half.T
     elif far_moment is not None:
         check_moment(far_moment, W.shape[1], f"{far_name} moment")
-        gram = whitened @ _damped(far_moment, damping) @ whitened.T
+        gram = whitened @ damped(far_moment, damping) @ whitened.T
     basis = fix_signs(torch.linalg.eigh(gram)[1][:, -bond:].flip(1))
     return (basis if root is None else root.inverse @ basis), basis.T @ whitened
-
-
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    moment = moment.to(torch.float64)
-    damped = (moment + moment.T) / 2
-    damped.diagonal().add_(damping * damped.diagonal().mean())
-    return damped
 
 
 def _energy(D: Tensor, input_moment: Tensor | None, output_moment: Tensor | None) -> float:

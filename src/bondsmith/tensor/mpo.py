@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,6 +84,18 @@ class MPO:
         from_right = self.sites.sweeps_from_right(self.bonds)
         layers = [partial(F.linear, weight=core_to_weight(core, from_right)) for core in self.cores]
         return sweep(self.sites, self.bonds, layers, x, from_right)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cores to one file; `load` takes it back bit by bit."""
+        torch.save({"cores": [core.contiguous() for core in self.cores]}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> MPO:
+        """The network that `save` wrote; ValueError if the file holds something else."""
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(data, dict) or set(data) != {"cores"}:
+            raise ValueError(f"{path} holds no network that MPO.save wrote")
+        return cls(tuple(data["cores"]))
 
     def __str__(self) -> str:
         return f"MPO {self.sites} bonds {self.bonds}, {self.parameters} parameters"

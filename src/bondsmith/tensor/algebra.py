@@ -1,0 +1,220 @@
+"""Algebra of networks: canonical forms, Schmidt values, truncation, sums, gauges.
+
+Legend: `n` sites, `o, i` legs, `a, b` bonds, `s` Schmidt values at a cut, `p = s^2 / sum s^2`. Everything is computed
+in float64 and given back in the dtype that came in.
+
+A network is in mixed canonical form around site `c` when every core left of it has orthonormal columns as an
+`(a o i, b)` matrix and every core right of it orthonormal rows as an `(a, o i b)` one: then the norm of the matrix is
+that of core `c`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bondsmith.tensor.mpo import MPO
+
+
+@dataclass(frozen=True, eq=False)
+class Truncated:
+    """A network with smaller bonds and what that cost.
+
+    `discarded[k]` is the weight (the sum of squared Schmidt values) dropped at bond `k`. Successive projections drop
+    parts orthogonal to each other, so `error` is the Frobenius distance to what came in exactly, for any number of
+    bonds.
+    """
+
+    mpo: MPO
+    discarded: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        """The Frobenius norm of what was dropped."""
+        return math.sqrt(sum(self.discarded))
+
+
+def canonical(mpo: MPO, center: int) -> MPO:
+    """The same operator in mixed canonical form around site `center` (from 0; `-1` is the last, left-canonical).
+
+    Bonds over the exact ones shrink to them. ValueError if there is no such site.
+    """
+    n = len(mpo.cores)
+    if not -n <= center < n:
+        raise ValueError(f"site {center} does not exist in {mpo}")
+    cores = [core.to(torch.float64) for core in mpo.cores]
+    move_center(cores, center % n)
+    return _as(cores, mpo)
+
+
+def move_center(cores: list[Tensor], center: int) -> None:
+    """Nothing; `cores` become canonical around site `center` in place, in their own dtype."""
+    for k in range(center):
+        a, o, i, b = cores[k].shape
+        q, r = torch.linalg.qr(cores[k].reshape(a * o * i, b))
+        cores[k], cores[k + 1] = q.reshape(a, o, i, -1), torch.tensordot(r, cores[k + 1], 1)
+    for k in range(len(cores) - 1, center, -1):
+        a, o, i, b = cores[k].shape
+        q, r = torch.linalg.qr(cores[k].reshape(a, o * i * b).T)
+        cores[k], cores[k - 1] = q.T.reshape(-1, o, i, b), torch.tensordot(cores[k - 1], r.T, 1)
+
+
+def schmidt_values(mpo: MPO) -> tuple[Tensor, ...]:
+    """The singular values of the operator across every bond, descending, float64.
+
+    >>> bell = MPO((torch.eye(2).reshape(1, 2, 1, 2), torch.eye(2).reshape(2, 1, 2, 1)))
+    >>> schmidt_values(bell)[0].tolist()
+    [1.0, 1.0]
+    """
+    return _sweep(mpo, mpo.bonds, 0.0)[2]
+
+
+def entropies(mpo: MPO) -> tuple[float, ...]:
+    """The entanglement entropy `-sum p log p` across every bond, in nats.
+
+    >>> bell = MPO((torch.eye(2).reshape(1, 2, 1, 2), torch.eye(2).reshape(2, 1, 2, 1)))
+    >>> round(entropies(bell)[0], 4)
+    0.6931
+    """
+    return tuple(entropy(values) for values in schmidt_values(mpo))
+
+
+def entropy(values: Tensor) -> float:
+    """`-sum p log p` of Schmidt values, in nats; 0 when all vanish."""
+    weight = values.to(torch.float64) ** 2
+    if not weight.sum() > 0:
+        return 0.0
+    p = weight / weight.sum()
+    return float(torch.special.entr(p).sum())
+
+
+def truncate(mpo: MPO, bonds: int | Sequence[int] | None = None, *, discard: float = 0.0) -> Truncated:
+    """The network at no more than `bonds`, dropping besides up to the share `discard` of the squared norm.
+
+    The norm's share is spread evenly over the bonds. Left-canonical. ValueError unless `0 <= discard < 1`.
+
+    >>> mpo = MPO((torch.eye(3).reshape(1, 3, 1, 3), torch.diag(torch.tensor([3.0, 2.0, 1.0])).reshape(3, 1, 3, 1)))
+    >>> cut = truncate(mpo, 2)
+    >>> cut.mpo.bonds, round(cut.error, 6), truncate(mpo, discard=0.4).mpo.bonds
+    ((2,), 1.0, (1,))
+    """
+    if not 0 <= discard < 1:
+        raise ValueError(f"discard is a share of the squared norm, at least 0 and below 1, not {discard}")
+    kept = mpo.bonds if bonds is None else mpo.sites.clip(bonds)
+    truncated, discarded, _ = _sweep(mpo, kept, discard)
+    return Truncated(truncated, discarded)
+
+
+def inner(left: MPO, right: MPO) -> float:
+    """`tr(left^T right)`, contracted core by core without either matrix; ValueError if the legs differ."""
+    _check_same_legs(left, right)
+    state = torch.ones(1, 1, dtype=torch.float64, device=left.device)
+    for one, other in zip(left.cores, right.cores, strict=True):
+        half = torch.tensordot(state, other.to(torch.float64), 1)
+        state = torch.tensordot(one.to(torch.float64), half, ([0, 1, 2], [0, 1, 2]))
+    return float(state)
+
+
+def norm(mpo: MPO) -> float:
+    """The Frobenius norm of the matrix."""
+    return float(canonical(mpo.to(dtype=torch.float64), 0).cores[0].norm())
+
+
+def add(left: MPO, right: MPO) -> MPO:
+    """The network of the sum of both matrices, bonds added; `truncate` it to recompress. ValueError if the legs differ.
+
+    >>> mpo = MPO((torch.ones(1, 2, 1, 1), torch.ones(1, 1, 2, 1)))
+    >>> both = add(mpo, mpo)
+    >>> both.bonds, truncate(both, discard=1e-12).mpo.bonds, both.to_matrix().tolist()
+    ((2,), (1,), [[2.0, 2.0], [2.0, 2.0]])
+    """
+    _check_same_legs(left, right)
+    n = len(left.cores)
+    if n == 1:
+        return MPO((left.cores[0] + right.cores[0],))
+    cores = []
+    for k, (one, other) in enumerate(zip(left.cores, right.cores, strict=True)):
+        a, o, i, b = one.shape
+        a2, _, _, b2 = other.shape
+        rows, columns = (1 if k == 0 else a + a2), (1 if k == n - 1 else b + b2)
+        core = one.new_zeros(rows, o, i, columns)
+        core[:a, :, :, :b] += one
+        core[rows - a2 :, :, :, columns - b2 :] += other
+        cores.append(core)
+    return MPO(tuple(cores))
+
+
+def scale(mpo: MPO, factor: float) -> MPO:
+    """The network of `factor` times the matrix."""
+    return MPO((mpo.cores[0] * factor, *mpo.cores[1:]))
+
+
+def transpose(mpo: MPO) -> MPO:
+    """The network of the transposed matrix: out and in legs change places."""
+    return MPO(tuple(core.transpose(1, 2) for core in mpo.cores))
+
+
+def regauge(mpo: MPO, bond: int, matrix: Tensor) -> MPO:
+    """The same operator with `G_k H` and `H^-1 G_k+1` on both sides of bond `bond` (from 0), `H = matrix` `(b, b)`.
+
+    ValueError if there is no such bond, or `H` has another size or no inverse.
+    """
+    if not 0 <= bond < len(mpo.bonds):
+        raise ValueError(f"bond {bond} does not exist in {mpo}")
+    size = mpo.bonds[bond]
+    if matrix.shape != (size, size):
+        raise ValueError(f"bond {bond} has dimension {size}; a gauge of shape {tuple(matrix.shape)} does not fit")
+    H = matrix.to(torch.float64)
+    inverse, failed = torch.linalg.inv_ex(H)
+    if int(failed) or not torch.isfinite(inverse).all():
+        raise ValueError(f"the gauge at bond {bond} is singular (rank {int(torch.linalg.matrix_rank(H))} of {size})")
+    cores = [core.to(torch.float64) for core in mpo.cores]
+    cores[bond] = torch.tensordot(cores[bond], H, 1)
+    cores[bond + 1] = torch.tensordot(inverse, cores[bond + 1], 1)
+    return _as(cores, mpo)
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """The columns, each with its largest entry positive: singular vectors come with a sign that differs by machine."""
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _sweep(mpo: MPO, kept: Sequence[int], discard: float) -> tuple[MPO, tuple[float, ...], tuple[Tensor, ...]]:
+    """Truncated network, discarded weights and Schmidt values of one SVD sweep over a right-canonical network."""
+    cores = list(canonical(mpo.to(dtype=torch.float64), 0).cores)
+    allowed = discard * float(cores[0].square().sum()) / max(1, len(kept))
+    discarded, spectra = [], []
+    for k in range(len(cores) - 1):
+        a, o, i, b = cores[k].shape
+        u, s, _ = torch.linalg.svd(cores[k].reshape(a * o * i, b), full_matrices=False)
+        bond = min(kept[k], smallest_bond(s, allowed))
+        u = fix_signs(u[:, :bond])
+        cores[k + 1] = torch.tensordot(u.T @ cores[k].reshape(a * o * i, b), cores[k + 1], 1)
+        cores[k] = u.reshape(a, o, i, bond)
+        discarded.append(float(s[bond:].square().sum()))
+        spectra.append(s)
+    return _as(cores, mpo), tuple(discarded), tuple(spectra)
+
+
+def smallest_bond(values: Tensor, allowed: float) -> int:
+    """How many of the descending `values` to keep so that the squares of the others sum to at most `allowed`.
+
+    >>> smallest_bond(torch.tensor([3.0, 2.0, 1.0]), 1.0), smallest_bond(torch.tensor([3.0]), 100.0)
+    (2, 1)
+    """
+    tails = values.square().flip(0).cumsum(0)
+    return max(1, len(values) - int((tails <= allowed).sum()))
+
+
+def _as(cores: Sequence[Tensor], like: MPO) -> MPO:
+    return MPO(tuple(core.to(like.dtype) for core in cores))
+
+
+def _check_same_legs(left: MPO, right: MPO) -> None:
+    if left.sites != right.sites:
+        raise ValueError(f"networks with sites {left.sites} and {right.sites} do not go together: other legs")
