@@ -3,21 +3,11 @@ import tensorly.tt_matrix
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from network_strategies import mpos
 from torch.utils.flop_counter import FlopCounterMode
 
 from bondsmith.tensor import MPO, Sites
 from bondsmith.tensor.contract import core_to_weight, weight_to_core
-
-leg = st.integers(1, 4)
-
-
-@st.composite
-def mpos(draw):
-    n = draw(st.integers(1, 4))
-    bonds = [1, *(draw(st.integers(1, 5)) for _ in range(n - 1)), 1]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    shapes = [(bonds[k], draw(leg), draw(leg), bonds[k + 1]) for k in range(n)]
-    return MPO(tuple(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes))
 
 
 @given(mpos())

@@ -47,6 +47,8 @@ def canonical(mpo: MPO, center: int) -> MPO:
     if not -n <= center < n:
         raise ValueError(f"site {center} does not exist in {mpo}")
     cores = [core.to(torch.float64) for core in mpo.cores]
+    move_center(cores, n - 1)
+    move_center(cores, 0)  # to and fro: bonds over the exact ones shrink from either side
     move_center(cores, center % n)
     return _as(cores, mpo)
 

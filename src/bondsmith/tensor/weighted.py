@@ -224,9 +224,9 @@ def _whiten_moment(
 def leg_moments(moment: Tensor, legs: Sequence[int]) -> list[Tensor]:
     """The partial trace onto every leg, scaled so that the Kronecker product of all has the trace of `moment`.
 
-    >>> leg_moments(torch.diag(torch.tensor([1.0, 2.0, 3.0, 6.0])), (2, 2))[1] * 3**0.5
-    tensor([[4., 0.],
-            [0., 8.]])
+    >>> moments = leg_moments(torch.diag(torch.tensor([1.0, 3.0, 3.0, 9.0])), (2, 2))
+    >>> torch.kron(*moments).diagonal().round()
+    tensor([1., 3., 3., 9.])
     """
     n, trace = len(legs), float(moment.diagonal().sum())
     share = max(trace, torch.finfo(torch.float64).tiny) ** ((n - 1) / n)

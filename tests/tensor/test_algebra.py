@@ -1,0 +1,145 @@
+import math
+
+import pytest
+import tensorly
+import tensorly.decomposition
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from network_strategies import mpos
+
+from bondsmith.tensor import MPO, Sites, algebra, sequential_svd
+from bondsmith.tensor.fit import interleave
+
+
+def same(mpo, matrix):
+    torch.testing.assert_close(mpo.to_matrix(), matrix, atol=1e-9, rtol=1e-9)
+
+
+@given(mpos(), st.data())
+def test_canonical_is_the_same_operator_with_orthonormal_sides(mpo, data):
+    center = data.draw(st.integers(-len(mpo.cores), len(mpo.cores) - 1))
+    moved = algebra.canonical(mpo, center)
+    same(moved, mpo.to_matrix())
+    center %= len(mpo.cores)
+    for k, core in enumerate(moved.cores):
+        a, _, _, b = core.shape
+        if k < center:
+            gram = core.reshape(-1, b).T @ core.reshape(-1, b)
+        elif k > center:
+            gram = core.reshape(a, -1) @ core.reshape(a, -1).T
+        else:
+            assert core.norm().item() == pytest.approx(mpo.to_matrix().norm().item())
+            continue
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64))
+    assert all(bond <= exact for bond, exact in zip(moved.bonds, moved.sites.exact_bonds(), strict=True))
+
+
+@given(mpos())
+def test_schmidt_values_and_entropies_are_those_of_the_dense_matrix(mpo):
+    tensor, left = interleave(mpo.to_matrix(), mpo.sites), 1
+    for k, (values, entropy) in enumerate(zip(algebra.schmidt_values(mpo), algebra.entropies(mpo), strict=True)):
+        left *= mpo.sites.out_legs[k] * mpo.sites.in_legs[k]
+        dense = torch.linalg.svdvals(tensor.reshape(left, -1))
+        torch.testing.assert_close(values, dense[: len(values)], atol=1e-9, rtol=1e-9)
+        assert dense[len(values) :].norm() < 1e-9
+        p = dense.square() / dense.square().sum()
+        assert entropy == pytest.approx(-sum(x * math.log(x) for x in p.tolist() if x > 0), abs=1e-9)
+
+
+@given(mpos(), st.integers(1, 4))
+def test_truncation_knows_its_error_exactly(mpo, bond):
+    cut = algebra.truncate(mpo, bond)
+    assert all(kept <= bond for kept in cut.mpo.bonds)
+    error = (mpo.to_matrix() - cut.mpo.to_matrix()).norm().item()
+    scale = mpo.to_matrix().norm().item()
+    assert error == pytest.approx(cut.error, rel=1e-10, abs=1e-12 * scale)
+    spectra = algebra.schmidt_values(mpo)
+    bound = sum(values[bond:].square().sum().item() for values in spectra)
+    assert cut.error**2 <= bound * (1 + 1e-10) + 1e-20
+    if len(mpo.bonds) == 1:
+        assert cut.error**2 == pytest.approx(bound, rel=1e-10, abs=1e-20)
+
+
+@given(mpos(), st.floats(0.0, 0.9))
+def test_truncation_to_a_discarded_weight(mpo, discard):
+    cut = algebra.truncate(mpo, discard=discard)
+    total = mpo.to_matrix().square().sum().item()
+    assert cut.error**2 <= discard * total * (1 + 1e-9)
+    smaller = algebra.truncate(mpo, discard=min(0.95, discard + 0.05)).mpo.parameters
+    assert smaller <= cut.mpo.parameters
+
+
+def test_truncation_is_that_of_tensorly():
+    mpo = sequential_svd(torch.randn(24, 24, dtype=torch.float64), Sites((4, 3, 2), (2, 3, 4)), 99)
+    cut = algebra.truncate(mpo, (5, 4))
+    tensor = interleave(mpo.to_matrix(), mpo.sites).reshape(8, 9, 8)
+    oracle = tensorly.decomposition.tensor_train(tensor.numpy(), rank=[1, 5, 4, 1]).to_tensor()
+    torch.testing.assert_close(interleave(cut.mpo.to_matrix(), mpo.sites).reshape(8, 9, 8), torch.as_tensor(oracle))
+
+
+@given(mpos(), st.floats(-3, 3), st.integers(0, 999))
+def test_sum_scale_inner_norm_and_transpose(mpo, factor, seed):
+    generator = torch.Generator().manual_seed(seed)
+    other = MPO(tuple(torch.randn(core.shape, generator=generator, dtype=torch.float64) for core in mpo.cores))
+    one, two = mpo.to_matrix(), other.to_matrix()
+    total = algebra.add(mpo, algebra.scale(other, factor))
+    same(total, one + factor * two)
+    assert algebra.inner(mpo, other) == pytest.approx((one * two).sum().item(), rel=1e-9, abs=1e-9)
+    assert algebra.norm(mpo) == pytest.approx(one.norm().item())
+    same(algebra.transpose(mpo), one.T)
+    recompressed = algebra.truncate(algebra.add(mpo, mpo), discard=1e-20).mpo
+    same(recompressed, 2 * one)
+    assert recompressed.parameters <= mpo.parameters
+
+
+@given(mpos(), st.data())
+def test_gauges_change_nothing(mpo, data):
+    if not mpo.bonds:
+        return
+    bond = data.draw(st.integers(0, len(mpo.bonds) - 1))
+    size = mpo.bonds[bond]
+    gauge = torch.eye(size, dtype=torch.float64) * 2 + torch.ones(size, size).triu(1)
+    moved = algebra.regauge(mpo, bond, gauge)
+    same(moved, mpo.to_matrix())
+    assert not torch.equal(moved.cores[bond], mpo.cores[bond])
+
+
+@settings(max_examples=10)
+@given(mpos())
+def test_save_and_load(tmp_path_factory, mpo):
+    path = tmp_path_factory.mktemp("mpo") / "network.pt"
+    mpo.save(path)
+    loaded = MPO.load(path)
+    assert all(torch.equal(a, b) for a, b in zip(mpo.cores, loaded.cores, strict=True))
+
+
+def test_load_of_something_else(tmp_path):
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt holds no network"):
+        MPO.load(tmp_path / "other.pt")
+
+
+def test_dtype_is_kept_and_zero_is_a_network():
+    mpo = sequential_svd(torch.randn(8, 8), Sites((2, 4), (4, 2)), 5)
+    for moved in (algebra.canonical(mpo, 0), algebra.truncate(mpo, 3).mpo, algebra.add(mpo, mpo)):
+        assert moved.dtype == torch.float32
+    zero = sequential_svd(torch.zeros(8, 8), Sites((2, 4), (4, 2)), 5)
+    assert algebra.entropies(zero) == (0.0,)
+    assert algebra.truncate(zero, discard=0.5).error == 0
+
+
+def test_errors():
+    mpo = sequential_svd(torch.randn(8, 8), Sites((2, 4), (4, 2)), 3)
+    with pytest.raises(ValueError, match=r"site 2 does not exist"):
+        algebra.canonical(mpo, 2)
+    with pytest.raises(ValueError, match=r"below 1, not 1"):
+        algebra.truncate(mpo, discard=1)
+    with pytest.raises(ValueError, match=r"other legs"):
+        algebra.add(mpo, algebra.transpose(mpo))
+    with pytest.raises(ValueError, match=r"bond 1 does not exist"):
+        algebra.regauge(mpo, 1, torch.eye(3))
+    with pytest.raises(ValueError, match=r"has dimension 3; a gauge of shape \(2, 2\)"):
+        algebra.regauge(mpo, 0, torch.eye(2))
+    with pytest.raises(ValueError, match=r"singular \(rank 1 of 3\)"):
+        algebra.regauge(mpo, 0, torch.ones(3, 3))
