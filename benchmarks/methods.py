@@ -68,7 +68,14 @@ def main() -> None:
                 quality = compare(source, open_compressed(out), texts, torch.device("cpu"))
                 size = run.results["size"]["compressed"]
                 rows.append({"method": name, "keep": keep, "seconds": seconds, "quality": quality, "size": size})
-                print(name, keep, f"{seconds:.0f} s", [round(q["nats_lost"], 4) for q in quality], run.results["seconds"], flush=True)
+                print(
+                    name,
+                    keep,
+                    f"{seconds:.0f} s",
+                    [round(q["nats_lost"], 4) for q in quality],
+                    run.results["seconds"],
+                    flush=True,
+                )
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1))
     show(rows, texts)
@@ -80,7 +87,16 @@ def _windows(spec: str, tokenizer: Any, count: int) -> Windows:
 
 def show(rows: list[dict[str, Any]], texts: list[Windows]) -> None:
     """Prints nats lost per text, their mean, and the ratio to the first method at the same keep."""
-    table = Table("keep", "method", *(Path(t.spec).name.split(".")[0] for t in texts), "mean", "of plain SVD", "KL", "top-1", "seconds")
+    table = Table(
+        "keep",
+        "method",
+        *(Path(t.spec).name.split(".")[0] for t in texts),
+        "mean",
+        "of plain SVD",
+        "KL",
+        "top-1",
+        "seconds",
+    )
     for row in rows:
         lost = [q["nats_lost"] for q in row["quality"]]
         mean = sum(lost) / len(lost)

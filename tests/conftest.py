@@ -16,7 +16,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 64, "n_positions": 128},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},

@@ -39,7 +39,17 @@ def test_no_room_imports_a_later_one() -> None:
 
 
 def test_the_mathematics_imports_torch_only() -> None:
-    allowed = {"torch", "bondsmith", "__future__", "math", "dataclasses", "collections", "typing", "functools", "itertools"}
+    allowed = {
+        "torch",
+        "bondsmith",
+        "__future__",
+        "math",
+        "dataclasses",
+        "collections",
+        "typing",
+        "functools",
+        "itertools",
+    }
     standard = allowed | {"re", "pathlib", "json", "time"}
     for path in (SOURCE / "tensor").glob("*.py"):
         outside = {name.split(".")[0] for name in imported(path)} - standard

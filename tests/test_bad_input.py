@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import tiny_model, write_text
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, ViTConfig
@@ -92,7 +91,13 @@ def test_quantised_checkpoints(model: Path, compressed: Path, tmp_path: Path, te
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (model / "config.json").write_text(json.dumps(config))
-    refuses(ModelError, r"already quantised \(gptq\): load it with transformers, call model\.dequantize", model, tmp_path, text)
+    refuses(
+        ModelError,
+        r"already quantised \(gptq\): load it with transformers, call model\.dequantize",
+        model,
+        tmp_path,
+        text,
+    )
     refuses(ModelError, r"already quantised \(bondsmith\): compress the original", compressed, tmp_path, text)
 
 
@@ -181,7 +186,13 @@ def test_recipe_files(tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert [parse_bytes(t, 100) for t in ("0.07", "1", "38MB", "1.5GiB", "2 kb")] == [28, 400, 38_000_000, 1610612736, 2000]
+    assert [parse_bytes(t, 100) for t in ("0.07", "1", "38MB", "1.5GiB", "2 kb")] == [
+        28,
+        400,
+        38_000_000,
+        1610612736,
+        2000,
+    ]
 
 
 # text
@@ -247,7 +258,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
         (("compress", "no/such/model", "--out", "OUT", "--keep", "0.5"), "error: no/such/model: no such directory"),
         (("compress", "MODEL", "--out", "OUT", "--keep", "0"), "error: keep: 0.0 is not in"),
         (("compress", "MODEL", "--out", "OUT"), "error: give either keep"),
-        (("compress", "MODEL", "--out", "OUT", "--keep", "0.5", "--calibration", "x.txt"), "error: x.txt: no such file"),
+        (
+            ("compress", "MODEL", "--out", "OUT", "--keep", "0.5", "--calibration", "x.txt"),
+            "error: x.txt: no such file",
+        ),
         (("compress", "MODEL", "--out", "OUT", "--keep", "0.5", "--recipe", "x.yaml"), "error: x.yaml: no such recipe"),
         (("eval", "MODEL", "--tasks", "arc_eazy"), "error: "),
         (("eval", "MODEL", "--tasks", "arc_easy", "--limit", "0"), "error: limit 0"),
@@ -271,5 +285,3 @@ def test_one_sentence_and_a_non_zero_exit(
     assert match in message
     assert len(message.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
-
-

@@ -15,10 +15,9 @@ from bondsmith import cli
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["bondsmith", *arguments])
     monkeypatch.setattr(cli.out, "width", 200)
-    try:
+    with pytest.raises(SystemExit) as end:
         cli.main()
-    except SystemExit as end:
-        assert not end.code, end.code
+    assert not end.value.code
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +31,29 @@ def done(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text("keep: 0.9\nwindow: 32\ntokens: 512\nevaluation_windows: 2\n")
     with pytest.MonkeyPatch.context() as patch:
-        arguments = ("--recipe", str(recipe), "--keep", "0.6", "--uniform", "--seed", "3", "--keep-dense", "*.layers.0.*")
+        arguments = (
+            "--recipe",
+            str(recipe),
+            "--keep",
+            "0.6",
+            "--uniform",
+            "--seed",
+            "3",
+            "--keep-dense",
+            "*.layers.0.*",
+        )
         texts = ("--calibration", str(text), "--calibration", str(rows), "--calibration", "self")
-        run(patch, "compress", str(original), "--out", str(folder / "out"), *arguments, *texts, "--evaluation", str(text))
+        run(
+            patch,
+            "compress",
+            str(original),
+            "--out",
+            str(folder / "out"),
+            *arguments,
+            *texts,
+            "--evaluation",
+            str(text),
+        )
     return folder / "out"
 
 
@@ -48,7 +67,11 @@ def test_compress_writes_everything(done: Path) -> None:
     assert "--keep 0.6" in results["command"]
     assert results["settings"]["keep"] == 0.6
     assert results["seed"] == results["settings"]["seed"] == 3
-    assert [s["spec"].rpartition("/")[2] for s in results["calibration"]["sources"]] == ["text.txt", "chat.jsonl", "self"]
+    assert [s["spec"].rpartition("/")[2] for s in results["calibration"]["sources"]] == [
+        "text.txt",
+        "chat.jsonl",
+        "self",
+    ]
     assert results["calibration"]["tokens"] >= 512
     assert all(q["perplexity"]["compressed"] > 1 and q["kl"] > 0 for q in results["quality"])
     assert len(results["quality"]) == 3
@@ -73,7 +96,9 @@ def test_inspect(done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "multiply-adds per token" in table
 
 
-def test_inspect_of_a_users_save(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_a_users_save(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import bondsmith
 
     bondsmith.load(done).save_pretrained(tmp_path / "mine")
@@ -99,7 +124,18 @@ def test_eval_on_local_rows_updates_the_report(
     (tmp_path / "arc_easy_test.jsonl").write_text(rows)
     run(
         monkeypatch,
-        *("eval", str(done), "--tasks", "arc_easy", "--data", str(tmp_path), "--limit", "3", "--against", str(original)),
+        *(
+            "eval",
+            str(done),
+            "--tasks",
+            "arc_easy",
+            "--data",
+            str(tmp_path),
+            "--limit",
+            "3",
+            "--against",
+            str(original),
+        ),
     )
     table = capsys.readouterr().out
     assert "arc_easy" in table
@@ -128,8 +164,9 @@ def test_the_same_command_gives_the_same_bytes(original: Path, text: Path, tmp_p
 
 
 def test_a_loaded_model_can_be_compressed(original: Path, text: Path, tmp_path: Path) -> None:
-    import bondsmith
     from transformers import AutoModelForCausalLM
+
+    import bondsmith
 
     settings = {"keep": 0.5, "tokens": 512, "window": 32, "evaluate": False, "calibration": [str(text)]}
     model = AutoModelForCausalLM.from_pretrained(original)

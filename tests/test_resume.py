@@ -41,8 +41,8 @@ def command(model: Path, out: Path, *more: str) -> list[str]:
 def run_cli(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     sys.argv = ["bondsmith", *arguments]
-    sys.stderr = open(os.devnull, "w")
-    cli.main()
+    with open(os.devnull, "w") as sys.stderr:
+        cli.main()
 
 
 def kill_when(arguments: list[str], reached: Callable[[], bool]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import sys
@@ -55,19 +54,29 @@ def compress(
         str | None, typer.Option("--bytes", help="Size instead: share of 4 bytes a parameter (0.07) or 38MB.")
     ] = None,
     metric: Annotated[str | None, typer.Option(help="frobenius, input or loss (the default).")] = None,
-    sites: Annotated[str | None, typer.Option(help="auto, matrix, interleaved:N, thin:S or legs (24,24)(24,24).")] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="The same keep for every matrix (the only way so far).")] = True,
+    sites: Annotated[
+        str | None, typer.Option(help="auto, matrix, interleaved:N, thin:S or legs (24,24)(24,24).")
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="The same keep for every matrix (the only way so far).")
+    ] = True,
     no_propagate: Annotated[
         bool, typer.Option("--no-propagate", help="Calibrate on the original's inputs only.")
     ] = False,
     no_gauge: Annotated[bool, typer.Option("--no-gauge", help="Store full cores, for comparisons.")] = False,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="self (the model's own samples, the default), FILE.txt, FILE.jsonl[.gz] or hf:DATASET. Repeatable."),
+        typer.Option(
+            help="self (the model's own samples, the default), FILE.txt, FILE.jsonl[.gz] or hf:DATASET. Repeatable."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768).")] = None,
-    evaluation: Annotated[list[str] | None, typer.Option(help="More text to evaluate on, like --calibration. Repeatable.")] = None,
-    keep_dense: Annotated[list[str] | None, typer.Option(help="Matrices to leave alone, e.g. '*.layers.0.*'. Repeatable.")] = None,
+    evaluation: Annotated[
+        list[str] | None, typer.Option(help="More text to evaluate on, like --calibration. Repeatable.")
+    ] = None,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="Matrices to leave alone, e.g. '*.layers.0.*'. Repeatable.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the saved weights: auto, float32, float16, bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
@@ -117,7 +126,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Task names of lm-evaluation-harness, comma separated.")],
     data: Annotated[Path | None, typer.Option(help="Folder of local benchmark files instead of hub data sets.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows per task.")] = None,
-    against: Annotated[str | None, typer.Option(help="The original model, scored on the same rows in the same run.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original model, scored on the same rows in the same run.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
 ) -> None:
     """Score models on benchmark tasks; the results of a compressed directory and its report are brought up to date."""

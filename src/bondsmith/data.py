@@ -114,7 +114,9 @@ def split_windows(
     return calibration, evaluation
 
 
-def sample_windows(model: Any, tokenizer: Any, *, count: int, window: int, seed: int, batch: int = 32) -> Iterator[Tensor]:
+def sample_windows(
+    model: Any, tokenizer: Any, *, count: int, window: int, seed: int, batch: int = 32
+) -> Iterator[Tensor]:
     """Yields batches of the model's own samples, (windows, tokens) each, `count` windows in all.
 
     Half of them start from the beginning-of-text token; where the tokenizer has a chat template, the other half start inside a user's

@@ -24,13 +24,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-
 from bondsmith.data import SELF, DataError, Windows, check_spec, read_windows, sample_windows, split_windows
 from bondsmith.model.blocks import BlockRunner, matrices, shape
 from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json, write_shard
 from bondsmith.model.source import (
     ModelError,
     Source,
+    empty,
     file_digest,
     fill,
     load_tokenizer,
@@ -214,9 +214,7 @@ class _Run:
         found = [(kind, Windows(spec, ids[f"{i}"], documents)) for i, (kind, spec, documents) in enumerate(rows)]
         return [w for kind, w in found if kind == "c"], [w for kind, w in found if kind == "h"]
 
-    def make_windows(
-        self, source: Source, tokenizer: Any, evaluate: bool
-    ) -> tuple[list[Windows], list[Windows]]:
+    def make_windows(self, source: Source, tokenizer: Any, evaluate: bool) -> tuple[list[Windows], list[Windows]]:
         """Reads or samples the windows of all SPECs."""
         r = self.recipe
         window = min(r.window, int(getattr(source.config, "max_position_embeddings", r.window)))
@@ -266,7 +264,18 @@ class _Run:
         fisher = self.work / "fisher" if self.recipe.metric == "loss" else None
         batch = max(1, _BATCH_TOKENS // ids.shape[1])
         return decompose.Job(
-            runner, source, plan, self.recipe, ids[order], self.directory, self.work, fisher, batch, width, device, dtype
+            runner,
+            source,
+            plan,
+            self.recipe,
+            ids[order],
+            self.directory,
+            self.work,
+            fisher,
+            batch,
+            width,
+            device,
+            dtype,
         )
 
     def fisher(self, job: decompose.Job) -> None:
@@ -285,7 +294,7 @@ class _Run:
 
             def load(k: int) -> torch.nn.Module:
                 for other in range(count):
-                    decompose.empty(job.runner.blocks[other])
+                    empty(job.runner.blocks[other])
                 return job.load(k)
 
             moments.block_inputs(job.runner, load, ids, streams, job.batch, advance)
@@ -308,7 +317,14 @@ class _Run:
     def describe(self, job: decompose.Job, calibration: list[Windows]) -> dict[str, Any]:
         """Returns the sections of `results.json` that need no measurement."""
         return describe.describe_run(
-            job.source, job.plan, self.recipe, job.dtype, calibration, decompose.read_errors(job), self.directory, self.command
+            job.source,
+            job.plan,
+            self.recipe,
+            job.dtype,
+            calibration,
+            decompose.read_errors(job),
+            self.directory,
+            self.command,
         )
 
     def evaluate(self, source: Source, held_out: Sequence[Windows]) -> dict[str, Any]:
@@ -476,7 +492,9 @@ def _check_memory(source: Source, copies: int, purpose: str, remedy: str) -> Non
 def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
     from bondsmith.model.hub import FORMAT
 
-    texts = [Path(s).expanduser() for s in (*recipe.calibration, *recipe.evaluation) if s != SELF and not s.startswith("hf:")]
+    texts = [
+        Path(s).expanduser() for s in (*recipe.calibration, *recipe.evaluation) if s != SELF and not s.startswith("hf:")
+    ]
     return {
         "format": FORMAT,
         "torch": torch.__version__,
@@ -538,6 +556,8 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 def _python_command(model: str | Path | PreTrainedModel, out: Path, recipe: Recipe) -> str:
     name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
-    changed = {k: v for k, v in recipe.to_dict().items() if k in ("keep", "bytes") or v != Recipe(keep=1.0).to_dict()[k]}
+    changed = {
+        k: v for k, v in recipe.to_dict().items() if k in ("keep", "bytes") or v != Recipe(keep=1.0).to_dict()[k]
+    }
     given = ", ".join(f"{k}={v!r}" for k, v in changed.items() if v is not None)
     return f"bondsmith.compress({name!r}, {str(out)!r}, {given})"

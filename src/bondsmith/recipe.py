@@ -86,7 +86,9 @@ class Recipe:
 
     def _check(self) -> None:
         if (self.keep is None) == (self.bytes is None):
-            raise RecipeError("give either keep (share of parameters, e.g. 0.8) or bytes (e.g. 0.07 or 38MB), not both or none")
+            raise RecipeError(
+                "give either keep (share of parameters, e.g. 0.8) or bytes (e.g. 0.07 or 38MB), not both or none"
+            )
         if self.keep is not None and not 0 < self.keep <= 1:
             raise RecipeError(f"keep: {self.keep} is not in (0, 1]; 0.8 keeps four fifths of the matrices' parameters")
         if self.bytes is not None:
@@ -94,7 +96,9 @@ class Recipe:
         if self.metric not in METRICS:
             raise RecipeError(f"metric: {self.metric!r} is not one of {', '.join(METRICS)}")
         if not _SITES.fullmatch(self.sites):
-            raise RecipeError(f"sites: {self.sites!r} is not auto, matrix, interleaved:N (N from 2 to 9), thin:S or legs like (24,24)(24,24)")
+            raise RecipeError(
+                f"sites: {self.sites!r} is not auto, matrix, interleaved:N (N from 2 to 9), thin:S or legs like (24,24)(24,24)"
+            )
         if self.dtype not in DTYPES:
             raise RecipeError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if not self.calibration:

@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval")
 
+from conftest import FAMILIES, tiny_model
+
 from bondsmith.stages.benchmark import TaskError, check_tasks, run_tasks
 from bondsmith.stages.harness import Scorer
 from bondsmith.stages.tasks import load_tasks, quiet
@@ -128,12 +130,17 @@ def test_scores_are_those_of_plain_lm_eval(
     assert 0 < scores[0].score < 1
 
 
-@pytest.mark.parametrize("task", ["arc_easy", "commonsense_qa", "wikitext"])
+@pytest.mark.parametrize(
+    ("task", "family"),
+    [("arc_easy", family) for family in FAMILIES] + [("commonsense_qa", "llama"), ("wikitext", "llama")],
+)
 def test_rows_score_the_same_in_any_batch_and_as_in_lm_eval(
-    task: str, data: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    task: str, family: str, data: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
+    longest = {"n_positions": 4096} if family == "gpt2" else {"max_position_embeddings": 4096}
+    model = tiny_model(family, vocab_size=320, **longest)
     loaded = load_tasks([task], data)[task]["tasks"][task]
     with quiet():
         loaded.build_all_requests(rank=0, world_size=1)

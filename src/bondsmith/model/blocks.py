@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bondsmith.model.source import ModelError
-
-Linear = nn.Linear | Conv1D
 
 
 def find_blocks(model: nn.Module) -> str:
@@ -34,23 +31,29 @@ def find_blocks(model: nn.Module) -> str:
     return max(found, key=lambda path: (len(found[path]), sum(p.numel() for p in found[path].parameters())))
 
 
-def matrices(block: nn.Module) -> dict[str, Linear]:
+def matrices(block: nn.Module) -> dict[str, nn.Module]:
     """Returns the weight matrices of a block by their names inside it: its `nn.Linear` and `Conv1D` modules."""
     return {name: m for name, m in block.named_modules() if name and isinstance(m, nn.Linear | Conv1D)}
 
 
-def shape(matrix: Linear) -> tuple[int, int]:
+def shape(matrix: nn.Module) -> tuple[int, int]:
     """Returns (out features, in features); transformers' `Conv1D` stores its weight the other way round."""
-    rows, columns = matrix.weight.shape
+    rows, columns = _stored(matrix).shape
     return (columns, rows) if isinstance(matrix, Conv1D) else (rows, columns)
 
 
-def weight(matrix: Linear) -> Tensor:
+def weight(matrix: nn.Module) -> Tensor:
     """Returns the weight as (out features, in features)."""
-    return matrix.weight.T if isinstance(matrix, Conv1D) else matrix.weight
+    return _stored(matrix).T if isinstance(matrix, Conv1D) else _stored(matrix)
 
 
-class _Stop(Exception):
+def _stored(matrix: nn.Module) -> Tensor:
+    stored = matrix.weight
+    assert isinstance(stored, Tensor)
+    return stored
+
+
+class _StopError(Exception):
     """The hidden state that was wanted is there; the rest of the forward pass is not needed."""
 
 
@@ -92,7 +95,8 @@ class BlockRunner:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.get_submodule(self.path)  # type: ignore[return-value]
+        blocks: nn.ModuleList = self.model.get_submodule(self.path)
+        return blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -103,7 +107,7 @@ class BlockRunner:
 
         def act(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
             kept.append(hidden)
-            raise _Stop
+            raise _StopError
 
         self._drive(ids, {0: act})
         return kept[0]
@@ -118,7 +122,7 @@ class BlockRunner:
             out = run(hidden)
             self._tuples = isinstance(out, tuple)
             kept.append(out[0] if isinstance(out, tuple) else out)
-            raise _Stop
+            raise _StopError
 
         try:
             self._drive(ids, {index: act}, {index: module} if module is not None else {})
@@ -140,7 +144,7 @@ class BlockRunner:
         with self._gates(acts, modules or {}):
             try:
                 return self.model(input_ids=ids, use_cache=False)
-            except _Stop:
+            except _StopError:
                 return None
 
     @contextmanager
@@ -223,7 +227,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """The matrix whose input was wanted has been called."""
 
 
@@ -240,7 +244,7 @@ def capture_inputs(block: nn.Module, groups: list[Group], *, stop: bool = False)
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[position] = args[0].detach().reshape(-1, args[0].shape[-1])
             if stop and len(seen) == len(groups):
-                raise _Reached
+                raise _ReachedError
 
         return keep
 
@@ -248,7 +252,7 @@ def capture_inputs(block: nn.Module, groups: list[Group], *, stop: bool = False)
         handles.append(block.get_submodule(group.names[0]).register_forward_pre_hook(hook(position)))
     try:
         yield seen
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         for handle in handles:

@@ -88,7 +88,9 @@ def write_index(directory: Path, shards: list[str]) -> int:
     return size
 
 
-def write_config(directory: Path, source: Source, networks: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> None:
+def write_config(
+    directory: Path, source: Source, networks: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+) -> None:
     """Writes config.json (last: it makes the directory a model), generation settings, tokenizer and the loading shim."""
     config = source.config.__class__.from_dict(source.config.to_dict())
     architecture = _architecture(source)

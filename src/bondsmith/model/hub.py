@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 @register_quantization_config(METHOD)
-class BondsmithConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class BondsmithConfig(QuantizationConfigMixin):
     """The networks of a compressed model: module name -> {"sites": [[o, i], ...], "bonds": [...], "gauge": bool}.
 
     `weights_file` is the file (or index) that holds the weights; None means the usual names of transformers.
@@ -60,7 +60,7 @@ class BondsmithConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class BondsmithQuantizer(HfQuantizer):  # type: ignore[misc]
+class BondsmithQuantizer(HfQuantizer):
     """Puts `MPOLinear` modules in the place of dense ones before the weights are loaded."""
 
     requires_calibration = True
@@ -85,7 +85,9 @@ class BondsmithQuantizer(HfQuantizer):  # type: ignore[misc]
             model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(_guard(networks))}
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Called by `save_pretrained`: from here on the files carry transformers' own names, and a guard against plain loading."""
         model.config.quantization_config.weights_file = None
         if getattr(model, "_hf_peft_config_loaded", False) or not self.quantization_config.networks:
@@ -113,14 +115,15 @@ def replace_matrices(model: nn.Module, networks: Mapping[str, Mapping[str, Any]]
         except AttributeError as error:
             raise ValueError(f"{name}: the model has no such module, but its quantization_config names it") from error
         legs = network["sites"]
+        like = next(old.parameters())
         sites = Sites(tuple(o for o, _ in legs), tuple(i for _, i in legs))
         layer = MPOLinear(
             sites,
             tuple(network["bonds"]),
             bias=getattr(old, "bias", None) is not None,
             gauge=bool(network.get("gauge", False)),
-            device=old.weight.device,
-            dtype=old.weight.dtype,
+            device=like.device,
+            dtype=like.dtype,
         )
         model.set_submodule(name, layer)
 

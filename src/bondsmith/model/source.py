@@ -127,7 +127,9 @@ def open_source(model: str | Path | PreTrainedModel, cache: Path) -> Source:
     if path.suffix == ".gguf":
         return _open_gguf(name, path, cache)
     if path.is_file():
-        raise ModelError(f"{name} is a file, not a model: give a hub id, a directory with a config.json or a .gguf file")
+        raise ModelError(
+            f"{name} is a file, not a model: give a hub id, a directory with a config.json or a .gguf file"
+        )
     if not path.is_dir():
         path = _download(name)
     return _open_directory(name, path, cache)
@@ -148,14 +150,18 @@ def check_supported(config: Any, name: str) -> None:
     architectures = getattr(config, "architectures", None) or []
     kind = getattr(config, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model ({kind}); bondsmith compresses decoder-only language models")
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({kind}); bondsmith compresses decoder-only language models"
+        )
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         raise ModelError(f"{name} has a vision or audio part ({kind}); bondsmith compresses text-only language models")
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     headless = [a for a in architectures if not a.endswith(("ForCausalLM", "LMHeadModel"))]
     if not causal or (architectures and len(headless) == len(architectures)):
         what = architectures[0] if architectures else f"model type {kind!r}"
-        raise ModelError(f"{name} is not a causal language model ({what}): an encoder, vision or task model has no next token")
+        raise ModelError(
+            f"{name} is not a causal language model ({what}): an encoder, vision or task model has no next token"
+        )
 
 
 def file_digest(path: Path) -> str:
@@ -240,7 +246,9 @@ def _indexed(weights: list[Path]) -> list[Path]:
         named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [n for n in named if not (index.parent / n).is_file()]
         if missing:
-            raise ModelError(f"{index.parent} is not a complete model: {missing[0]} is missing ({len(missing)} of {len(named)})")
+            raise ModelError(
+                f"{index.parent} is not a complete model: {missing[0]} is missing ({len(missing)} of {len(named)})"
+            )
         return [index.parent / n for n in named]
     return weights
 
@@ -290,9 +298,7 @@ def _rewrite(name: str, load: Any, cache: Path, files: tuple[Path, ...], tokeniz
     return _source(name, cache, config, places, files or tuple(sorted(cache.glob("*.safetensors"))), stored)
 
 
-def _write_copy(
-    model: PreTrainedModel, cache: Path, files: tuple[Path, ...], tokenizer: Path | None
-) -> dict[str, Any]:
+def _write_copy(model: PreTrainedModel, cache: Path, files: tuple[Path, ...], tokenizer: Path | None) -> dict[str, Any]:
     """Writes config, tokenizer and weights under the parameters' own names; the note that makes it count comes last."""
     cache.mkdir(parents=True, exist_ok=True)
     model.config.__dict__.pop("quantization_config", None)

@@ -22,7 +22,9 @@ class Conversation:
 
     def __init__(self, name: str, *, max_new_tokens: int = 256, temperature: float = 0.0):
         try:
-            gpu = torch.cuda.is_available()  # on a CPU float32 is fastest, and a compressed model takes its dtype on loading
+            gpu = (
+                torch.cuda.is_available()
+            )  # on a CPU float32 is fastest, and a compressed model takes its dtype on loading
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if gpu else torch.float32)
         except (OSError, ValueError) as error:
             raise ModelError(f"{name}: {str(error).strip().splitlines()[0]}") from error

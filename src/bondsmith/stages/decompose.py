@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, matrices, trace_groups, weight
+from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, trace_groups, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
 from bondsmith.nn.linear import MPOLinear
@@ -236,7 +236,7 @@ def fit_matrix(
         B: moment of the loss gradient at the output, or None.
     """
     assert plan.sites is not None
-    W = weight(matrix)  # type: ignore[arg-type]
+    W = weight(matrix)
     try:
         target = W
         if C is not None and D is not None:
@@ -257,7 +257,7 @@ def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe
         return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=recipe.damping).mpo
     rows_in = W.shape[0] > W.shape[1]
     roots = {"input_root": moment_root(C, recipe.damping)} if rows_in else {"input_moment": C}
-    return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)  # type: ignore[arg-type]
+    return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)
 
 
 def _weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None:

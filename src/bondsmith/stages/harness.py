@@ -5,7 +5,7 @@ The log-likelihoods are lm-eval's; what differs is which logits are computed. Im
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Request = tuple[Any, list[int], list[int]]  # (texts, context tokens, continuati
 Answer = tuple[float, bool]  # (log-likelihood of the continuation, whether greedy decoding would give it)
 
 
-class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+class Scorer(HFLM):  # lm-eval is not typed
     """An lm-eval model around a loaded one; calls `on_progress(done, total)` after each batch of requests."""
 
     def __init__(
@@ -96,11 +96,11 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             members.setdefault(tuple(context), []).append(i)
         shared: dict[int, list[list[int]]] = {}
         single: list[int] = []
-        for context, group in sorted(members.items(), key=lambda item: (-len(item[0]), item[0])):
-            longest = len(context) + max(len(requests[i][2]) for i in group)
+        for tokens, group in sorted(members.items(), key=lambda item: (-len(item[0]), item[0])):
+            longest = len(tokens) + max(len(requests[i][2]) for i in group)
             inputs = {tuple(requests[i][2][:-1]) for i in group}
-            if len(inputs) > 1 and len(context) > 1 and longest <= self.max_length and self._can_share:
-                shared.setdefault(len(context), []).append(group)
+            if len(inputs) > 1 and len(tokens) > 1 and longest <= self.max_length and self._can_share:
+                shared.setdefault(len(tokens), []).append(group)
             else:
                 single += group
         return [batch for groups in shared.values() for batch in self._split(requests, groups)], single
@@ -117,8 +117,8 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         if batch:
             yield batch
 
-    @torch.inference_mode()
-    def _score_branches(self, requests: Sequence[Request], contexts: list[list[int]]) -> Iterator[tuple[int, Answer]]:
+    @torch.no_grad()
+    def _score_branches(self, requests: Sequence[Request], contexts: list[list[int]]) -> Iterable[tuple[int, Answer]]:
         """(request number, answer): one pass over all tokens of the contexts but the last, one over what follows."""
         stems = torch.tensor([requests[group[0]][1][:-1] for group in contexts], device=self.device)
         cache = self.model(stems, use_cache=True, **self._last_logits(1)).past_key_values
@@ -130,11 +130,12 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         inputs = torch.zeros(len(numbers), width, dtype=torch.long, device=self.device)
         for row, i, target in zip(inputs, numbers, targets, strict=True):
             row[: len(target)] = torch.tensor([requests[i][1][-1], *target[:-1]])
-        logits = self.model(inputs, past_key_values=cache, use_cache=True).logits.float()
-        for row, i, target in zip(logits.log_softmax(-1), numbers, targets, strict=True):
-            scored, tokens = row[: len(target)], torch.tensor(target, device=self.device)
-            total = scored.gather(1, tokens[:, None]).sum()
-            yield i, (float(total), bool((scored.argmax(-1) == tokens).all()))
+        logits = self.model(inputs, past_key_values=cache, use_cache=True).logits
+        answers = [
+            _answer(row[: len(target)].float(), torch.tensor(target, device=self.device))
+            for row, target in zip(logits, targets, strict=True)
+        ]
+        return zip(numbers, answers, strict=True)
 
     def _batches(self, requests: Sequence[Request], chosen: Sequence[int]) -> Iterator[tuple[list[int], int]]:
         """(request numbers, logits kept per row), longest inputs first; requests that share an input share a row."""
@@ -158,7 +159,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         # lm-eval finds the scored positions from the right end, so leading logits need not exist.
-        with torch.inference_mode():
+        with torch.no_grad():
             logits: Tensor = self.model(inps, use_cache=False, **self._last_logits(self._keep)).logits
         return logits
 
@@ -177,3 +178,8 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._done += count
         if self._on_progress:
             self._on_progress(self._done, self._total)
+
+
+def _answer(logits: Tensor, target: Tensor) -> Answer:
+    total = logits.log_softmax(-1).gather(1, target[:, None]).sum()
+    return float(total), bool((logits.argmax(-1) == target).all())

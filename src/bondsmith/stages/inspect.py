@@ -70,7 +70,9 @@ def network_table(networks: Sequence[dict[str, Any]], metric: str) -> list[Table
             count(n["multiply_adds"]),
             "" if n["error"] is None else f"{n['error']:.4f}",
         )
-    total = Table("networks", "parameters", "of dense", "bytes", "multiply-adds per token", "of dense", title="all matrices")
+    total = Table(
+        "networks", "parameters", "of dense", "bytes", "multiply-adds per token", "of dense", title="all matrices"
+    )
     dense = sum(n["dense_parameters"] for n in networks)
     kept, work = sum(n["parameters"] for n in networks), sum(n["multiply_adds"] for n in networks)
     total.add_row(

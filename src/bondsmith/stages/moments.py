@@ -110,7 +110,9 @@ def output_moments(
     if not gradients[-1].complete and not (folder / "block-0.safetensors").is_file():
         generator = torch.Generator().manual_seed(seed)
         hidden = streams[-1]
-        gradients[-1].write(_head_gradient(runner, ids[f : f + 1], hidden.read(f, 1), generator) for f in range(len(ids)))
+        gradients[-1].write(
+            _head_gradient(runner, ids[f : f + 1], hidden.read(f, 1), generator) for f in range(len(ids))
+        )
     for k in reversed(range(len(runner))):
         if not (folder / f"block-{k}.safetensors").is_file():
             _block_moments(runner, load(k), k, ids, streams[k], gradients, folder, batch)
@@ -128,7 +130,9 @@ def _head_gradient(runner: BlockRunner, ids: Tensor, hidden: Tensor, generator: 
     leaf = hidden.requires_grad_()
     logits = runner.logits(ids, leaf).flatten(0, 1).float()
     draws = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    with torch.no_grad():  # inverse of the cumulative distribution: one uniform number a token, the same on every device
+    with (
+        torch.no_grad()
+    ):  # inverse of the cumulative distribution: one uniform number a token, the same on every device
         labels = (logits.softmax(-1).cumsum(-1) < draws).sum(-1).clamp_max(logits.shape[-1] - 1)
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     return torch.autograd.grad(loss, leaf)[0]
@@ -145,7 +149,7 @@ def _block_moments(
     batch: int,
 ) -> None:
     table = matrices(block)
-    moments = {name: Moment(shape(m)[0], m.weight.device) for name, m in table.items()}
+    moments = {name: Moment(shape(m)[0], block_device(m)) for name, m in table.items()}
     handles = [m.register_forward_hook(_watch_gradient(moments[name])) for name, m in table.items()]
 
     def back() -> Iterator[Tensor]:

@@ -93,7 +93,9 @@ class Plan:
 
     def bytes(self, itemsize: int) -> int:
         """Size of the weight files, indices and headers included (headers estimated from above)."""
-        return self.parameters * itemsize + sum(m.extra_bytes for m in self.matrices) + len(self.matrices) * HEADER_BYTES
+        return (
+            self.parameters * itemsize + sum(m.extra_bytes for m in self.matrices) + len(self.matrices) * HEADER_BYTES
+        )
 
     def block(self, index: int) -> list[MatrixPlan]:
         """Returns the matrices of one block."""

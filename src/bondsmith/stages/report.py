@@ -143,7 +143,8 @@ def _quality_rows(text: Mapping[str, Any]) -> Iterator[Row]:
 def _task_row(task: Mapping[str, Any]) -> Row:
     scores = [task[model] for model in ("original", "compressed")]
     before, after = (
-        "" if task[model] is None else measured(task[model], task[f"{model}_stderr"]) for model in ("original", "compressed")
+        "" if task[model] is None else measured(task[model], task[f"{model}_stderr"])
+        for model in ("original", "compressed")
     )
     change = "" if None in scores else f"{scores[1] - scores[0]:+.3f}".replace("-", "−")
     return Row("Tasks", f"{task['task']}, {task['metric']}, {task['rows']:,} rows", before, after, change)

@@ -36,10 +36,10 @@ def compare_speed(
     ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(original.device)
     models = (original, compressed)
     for model in models:
-        _prefill(model, ids[:1, :8])
+        time_prefill(model, ids[:1, :8])
     times: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
     for done in range(rounds):
-        times["prefill"].append((_prefill(original, ids), _prefill(compressed, ids)))
+        times["prefill"].append((time_prefill(original, ids), time_prefill(compressed, ids)))
         times["decode"].append((_decode(original, ids[:1], new_tokens), _decode(compressed, ids[:1], new_tokens)))
         advance((done + 1) / rounds)
     return {
@@ -59,7 +59,9 @@ def _row(pairs: list[tuple[float, float]], batch: int, tokens: int, count: int) 
     }
 
 
-def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
+@torch.no_grad()
+def time_prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Returns the seconds of one forward pass over `ids` (batch, tokens)."""
     _wait(model)
     start = time.perf_counter()
     model(input_ids=ids, use_cache=False)

@@ -1,0 +1,67 @@
+"""Time of closed-form compression (moments, networks, saving; no evaluation) in forward passes over the same tokens.
+
+    python benchmarks/closed_form.py MODEL --calibration FILE ... --tokens 32768
+
+Times one forward pass of the whole model over the calibration tokens before and after the compression, in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import bondsmith
+from bondsmith.data import split_windows
+from bondsmith.model.source import load_tokenizer, open_source
+from bondsmith.pipeline import load_whole
+
+
+@torch.no_grad()
+def forward_seconds(model: torch.nn.Module, ids: torch.Tensor, batch: int = 4) -> float:
+    """Returns the time of one pass over all windows, logits included."""
+    start = time.perf_counter()
+    for first in range(0, len(ids), batch):
+        model(input_ids=ids[first : first + batch], use_cache=False)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--metric", default="loss")
+    parser.add_argument("--no-propagate", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(options.model, Path(folder) / "source")
+        tokenizer = load_tokenizer(source.path)
+        parts, _ = split_windows(options.calibration, tokenizer, tokens=options.tokens, held_out=0, window=512, seed=0)
+        ids = torch.cat([p.ids for p in parts])
+        model = load_whole(source)
+        forward_seconds(model, ids[:4])
+        before = forward_seconds(model, ids)
+        settings = {"keep": options.keep, "metric": options.metric, "propagate": not options.no_propagate}
+        shared = {"calibration": options.calibration, "tokens": options.tokens}
+        start = time.perf_counter()
+        done = bondsmith.compress(source.path, Path(folder) / "out", evaluate=False, **shared, **settings)
+        seconds = time.perf_counter() - start
+        after = forward_seconds(model, ids)
+    table = Table("", "seconds", "forward passes")
+    forward = (before + after) / 2
+    table.add_row(f"one forward pass, {ids.numel()} tokens", f"{forward:.1f}", "1")
+    for stage, spent in done.results["seconds"].items():
+        table.add_row(stage, f"{spent:.1f}", f"{spent / forward:.2f}")
+    table.add_row("compression in all", f"{seconds:.1f}", f"{seconds / forward:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

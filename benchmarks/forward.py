@@ -1,0 +1,60 @@
+"""Forward speed of compressed models against what their multiply-adds allow, original and compressed alternating.
+
+    python benchmarks/forward.py MODEL --keep 0.5 0.3
+
+The limit is the ratio of all multiply-adds of the pass (block matrices, head, attention scores). The networks come from plain SVD:
+speed does not depend on the values in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import bondsmith
+from bondsmith.model.source import open_source
+from bondsmith.pipeline import load_whole
+from bondsmith.stages.speed import time_prefill
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no-gauge", action="store_true")
+    options = parser.parse_args()
+    table = Table("keep", "multiply-adds", "limit", "speed", "of the limit", "original ms", "compressed ms")
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(options.model, Path(folder) / "source")
+        original = load_whole(source)
+        config = source.config
+        scores = 2 * config.num_hidden_layers * config.hidden_size * options.tokens / 2  # causal: half of all pairs
+        ids = torch.randint(
+            0, config.vocab_size, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0)
+        )
+        for keep in options.keep:
+            settings = {"keep": keep, "metric": "frobenius", "gauge": not options.no_gauge}
+            done = bondsmith.compress(source.path, Path(folder) / "out", overwrite=True, evaluate=False, **settings)
+            compressed = done.load(dtype=torch.float32)
+            size = done.results["size"]
+            before, after = (size[m]["multiply_adds"] + scores for m in ("original", "compressed"))
+            time_prefill(original, ids), time_prefill(compressed, ids)
+            pairs = [(time_prefill(original, ids), time_prefill(compressed, ids)) for _ in range(options.rounds)]
+            speed = statistics.median(a / b for a, b in pairs)
+            times = [statistics.median(column) * 1000 for column in zip(*pairs, strict=True)]
+            cells = f"{after / before:.3f}", f"{before / after:.2f}", f"{speed:.2f}", f"{speed * after / before:.2f}"
+            table.add_row(f"{keep:g}", *cells, *(f"{t:.0f}" for t in times))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
