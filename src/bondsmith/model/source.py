@@ -176,7 +176,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = ["*.json", "*.model", "*.txt", "*.jinja"]
+    small = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         path = Path(snapshot_download(name, allow_patterns=[*small, "*.safetensors"]))
         if not list(path.glob("*.safetensors")):

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from bondsmith._version import __version__
 from bondsmith.data import Windows
@@ -78,7 +79,7 @@ def describe_run(
             "name": source.name,
             "architecture": (source.config.architectures or [source.config.model_type])[0],
             "blocks": 1 + max(m.block for m in plan.matrices),
-            "license": None,
+            "license": _license(source.path),
             "base_model": None if Path(source.name).exists() else source.name,
         },
         "settings": recipe.to_dict(),
@@ -107,6 +108,20 @@ def describe_run(
         },
         "networks": [_network(m, dtype, errors.get(m.name)) for m in plan.matrices],
     }
+
+
+def _license(path: Path) -> str | None:
+    """Returns the licence that the original's model card names, or None."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8").split("---", 2)
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        return None
+    found = head.get("license") if isinstance(head, dict) else None
+    return str(found) if found else None
 
 
 def _head_multiply_adds(source: Source) -> int:

@@ -1,0 +1,81 @@
+"""Models are opened from every kind of place, and parameters read under their own names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny, tiny_model
+from safetensors.torch import load_file, save_file
+
+from bondsmith.model.source import ModelError, open_source, skeleton, stored_names
+
+
+def same(source_state: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, state[name]) for name, tensor in source_state.items())
+
+
+def test_a_directory_is_read_in_place(original: Path, tmp_path: Path) -> None:
+    source = open_source(original, tmp_path / "cache")
+    names = stored_names(skeleton(source.config))
+    assert "lm_head.weight" not in names
+    assert set(source.places) == set(names)
+    assert same(source.read(names), load_file(original / "model.safetensors"))
+    assert not (tmp_path / "cache").exists()
+    assert source.dtype == torch.float32
+    assert source.stored_bytes == (original / "model.safetensors").stat().st_size
+
+
+def test_shards_and_another_dtype(tmp_path: Path) -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    source = open_source(tmp_path, tmp_path / "cache")
+    assert len({file for file, _ in source.places.values()}) > 2
+    assert source.dtype == torch.bfloat16
+    state = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    assert same(source.read(source.places), state)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(ModelError, match="model-00002-of-.* is missing"):
+        open_source(tmp_path, tmp_path / "cache")
+
+
+def test_keys_without_the_models_prefix(tmp_path: Path) -> None:
+    """GPT-2 checkpoints of old name their tensors `h.0...` where the module is `transformer.h.0`."""
+    model = save_tiny(tmp_path, "gpt2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(tmp_path, tmp_path / "cache")
+    assert same(source.read(source.places), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["pickle", "renamed"])
+def test_what_cannot_be_read_by_name_is_rewritten_once(tmp_path: Path, kind: str) -> None:
+    """Pickles, and checkpoints whose tensors transformers merges on loading (the experts of Mixtral)."""
+    directory, cache = tmp_path / "model", tmp_path / "cache"
+    if kind == "pickle":
+        model = tiny_model("llama")
+        model.save_pretrained(directory)
+        torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+        (directory / "model.safetensors").unlink()
+    else:
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=2, num_key_value_heads=2, **small))
+        model.save_pretrained(directory)
+    from conftest import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(directory)
+    source = open_source(directory, cache)
+    assert (cache / "source.json").is_file()
+    assert same(source.read(source.places), model.state_dict())
+    before = (cache / "copy-00000.safetensors").stat().st_mtime_ns
+    again = open_source(directory, cache)
+    assert (cache / "copy-00000.safetensors").stat().st_mtime_ns == before
+    assert again.places == source.places

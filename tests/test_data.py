@@ -1,0 +1,82 @@
+"""Windows of tokens: reproducible, of every kind of file, held-out documents never calibrated on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+
+from bondsmith.data import DataError, check_spec, read_windows, sample_windows, split_windows
+
+TOKENIZER = tiny_tokenizer()
+
+
+def rows(path: Path, column: str = "text", count: int = 60) -> str:
+    lines = [json.dumps({"id": i, column: f"w{i} " * 40}) for i in range(count)]
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    else:
+        path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(("name", "column"), [("a.jsonl", "text"), ("a.jsonl.gz", "page"), ("b.jsonl.gz", "text")])
+def test_files_and_columns(tmp_path: Path, name: str, column: str) -> None:
+    spec = rows(tmp_path / name, column)
+    windows = read_windows(spec, TOKENIZER, count=5, window=24, seed=1)
+    assert windows.ids.shape == (5, 24)
+    assert windows.ids.dtype == torch.int64
+    assert windows.describe()["tokens"] == 120
+    again = read_windows(spec, TOKENIZER, count=5, window=24, seed=1)
+    assert windows.sha256 == again.sha256 != read_windows(spec, TOKENIZER, count=5, window=24, seed=2).sha256
+
+
+def test_chat_goes_through_the_models_own_template(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(30)))
+    ids = read_windows(str(path), TOKENIZER, count=4, window=20).ids
+    text = TOKENIZER.decode(ids.flatten())
+    assert text.count("<s>user w5</s><s>assistant w6</s>") >= 2
+    TOKENIZER_WITHOUT = tiny_tokenizer()
+    TOKENIZER_WITHOUT.chat_template = None
+    plain = TOKENIZER_WITHOUT.decode(read_windows(str(path), TOKENIZER_WITHOUT, count=2, window=20).ids.flatten())
+    assert "user: w5" in plain
+
+
+def test_held_out_documents_are_never_calibrated_on(tmp_path: Path) -> None:
+    spec = rows(tmp_path / "a.jsonl")
+    (calibration,), (held_out,) = split_windows([spec], TOKENIZER, tokens=1000, held_out=3, window=50, seed=0)
+    words = [set(TOKENIZER.decode(w.ids.flatten()).split()) for w in (calibration, held_out)]
+    shared = {w for w in words[0] & words[1] if w.startswith("w")}
+    assert len(words[0]) > 3
+    assert not shared - {""}
+
+
+def test_tokens_are_shared_between_sources(tmp_path: Path) -> None:
+    specs = [rows(tmp_path / "a.jsonl"), rows(tmp_path / "b.jsonl")]
+    calibration, held_out = split_windows(specs, TOKENIZER, tokens=800, held_out=0, window=50, seed=0)
+    assert [w.ids.numel() for w in calibration] == [400, 400]
+    assert held_out == []
+
+
+def test_the_models_own_samples_are_reproducible_and_half_of_them_chat() -> None:
+    model = tiny_model("llama")
+    runs = [torch.cat(list(sample_windows(model, TOKENIZER, count=5, window=12, seed=s, batch=2))) for s in (0, 0, 1)]
+    assert runs[0].shape == (5, 12)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert runs[0][:, 0].tolist() == [TOKENIZER.bos_token_id] * 5
+    starts = [TOKENIZER.decode(row).startswith("<s>user ") for row in runs[0]]
+    assert sum(starts) == 2
+
+
+def test_specs_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    check_spec("self")
+    check_spec("hf:owner/name:config:split")
+    with pytest.raises(DataError, match="no such file"):
+        check_spec(str(tmp_path / "none.txt"))
