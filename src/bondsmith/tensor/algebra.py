@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.svd import fix_signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +179,6 @@ def regauge(mpo: MPO, bond: int, matrix: Tensor) -> MPO:
     cores[bond] = torch.tensordot(cores[bond], H, 1)
     cores[bond + 1] = torch.tensordot(inverse, cores[bond + 1], 1)
     return _as(cores, mpo)
-
-
-def fix_signs(vectors: Tensor) -> Tensor:
-    """The columns, each with its largest entry positive: singular vectors come with a sign that differs by machine."""
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
 def _sweep(mpo: MPO, kept: Sequence[int], discard: float) -> tuple[MPO, tuple[float, ...], tuple[Tensor, ...]]:

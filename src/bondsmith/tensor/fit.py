@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bondsmith.tensor.algebra import fix_signs
 from bondsmith.tensor.checks import check_matrix, check_moment
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.sites import Sites
+from bondsmith.tensor.svd import leading_eigenvectors, leading_left_vectors
 
 DAMPING = 1e-4  # of the mean diagonal; keeps the inverse root of a moment from few tokens bounded
 _INDEFINITE = 1e-3  # a negative eigenvalue this large, relative to the largest, is no rounding error
@@ -63,10 +63,10 @@ def sequential_svd(weight: Tensor, sites: Sites, bonds: int | Sequence[int]) -> 
     check_sites(weight, sites)
     rest, left, cores = interleave(weight.to(torch.float64), sites), 1, []
     for o, i, bond in zip(sites.out_legs, sites.in_legs, sites.clip(bonds), strict=False):
-        u, s, _ = torch.linalg.svd(rest.reshape(left * o * i, -1), full_matrices=False)
-        bond = min(bond, len(s))
-        cores.append(fix_signs(u[:, :bond]).reshape(left, o, i, bond))
-        rest, left = cores[-1].reshape(-1, bond).T @ rest.reshape(left * o * i, -1), bond
+        matrix = rest.reshape(left * o * i, -1)
+        basis = leading_left_vectors(matrix, bond)
+        cores.append(basis.reshape(left, o, i, -1))
+        rest, left = basis.T @ matrix, basis.shape[1]
     cores.append(rest.reshape(left, sites.out_legs[-1], sites.in_legs[-1], 1))
     return MPO(tuple(core.to(weight.dtype) for core in cores))
 
@@ -189,7 +189,7 @@ def _cut_rows(
     elif far_moment is not None:
         check_moment(far_moment, W.shape[1], f"{far_name} moment")
         gram = whitened @ damped(far_moment, damping) @ whitened.T
-    basis = fix_signs(torch.linalg.eigh(gram)[1][:, -bond:].flip(1))
+    basis = leading_eigenvectors(gram, bond)
     return (basis if root is None else root.inverse @ basis), basis.T @ whitened
 
 
