@@ -60,6 +60,33 @@ def test_gradients_are_exact_both_ways(spec, gauge):
     assert torch.autograd.gradcheck(call, (x.requires_grad_(), *parameters), fast_mode=True)
 
 
+def kept_for_backward(layer, x):
+    """Bytes that autograd holds for the backward pass besides parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in layer.state_dict().values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    y.sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("spec", "gauge"), CASES)
+def test_training_keeps_the_input_and_at_most_one_intermediate(spec, gauge):
+    layer, _ = layer_of(spec, gauge, bias=False)
+    x = torch.randn(200, 36, requires_grad=True)
+    bond, left_factor = 200 * 7 * 4, 48 * 7 * 4
+    for way in both_ways(layer):
+        allowed = x.untyped_storage().nbytes() + (bond + left_factor if spec == "matrix" else 0)
+        assert kept_for_backward(way, x) <= allowed
+
+
 def test_gauge_stores_fewer_numbers():
     layer, mpo = layer_of("matrix", True, bias=False)
     assert sum(p.numel() for p in layer.parameters()) == mpo.sites.parameters(mpo.bonds, gauge=True)

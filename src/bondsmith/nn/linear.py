@@ -3,6 +3,7 @@
 - Every core is an `nn.Linear` without bias, so LoRA, GPTQ hooks, FSDP and quantisers see it; the contraction calls it.
 - `contract` site by site, or `materialise` the matrix for one GEMM: a threshold on the tokens, fixed at construction,
   decides.
+- Training keeps the input and, of a matrix cut, the bond; longer chains and built matrices are computed again in backward.
 - A core that somebody wrapped or hooked is always called, never read past.
 
 Legend: `T` tokens, `O`/`I` features, `k` the bond of a matrix cut, `a, b` bonds, `o, i` legs.
@@ -16,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
 from bondsmith.tensor.gauge import left_factor, pivot_cut
@@ -115,10 +117,10 @@ class MPOLinear(nn.Module):
         """`(..., O)` for `x` of shape `(..., I)`."""
         if self._is_cut:
             return self._forward_cut(x)
-        if x.numel() >= self._materialise_from and self._all_plain():
-            return F.linear(x, self.to_matrix(), self.bias)
-        y = sweep(self.sites, self.bonds, list(self.cores), x, self._from_right)
-        return y if self.bias is None else y + self.bias
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y: Tensor = checkpoint(self._forward_network, x, use_reentrant=False)
+            return y
+        return self._forward_network(x)
 
     def to_matrix(self) -> Tensor:
         """The `(O, I)` matrix, differentiable in the cores, with whatever adapters they carry."""
@@ -158,8 +160,11 @@ class MPOLinear(nn.Module):
             y = F.linear(z, left_factor(_weight_of(first), pivots))
         return y if bias is None else y + bias
 
-    def _all_plain(self) -> bool:
-        return all(_is_plain(core) for core in self.cores)
+    def _forward_network(self, x: Tensor) -> Tensor:
+        if x.numel() >= self._materialise_from and all(_is_plain(core) for core in self.cores):
+            return F.linear(x, self.to_matrix(), self.bias)
+        y = sweep(self.sites, self.bonds, list(self.cores), x, self._from_right)
+        return y if self.bias is None else y + self.bias
 
     def _weight_shapes(self) -> list[tuple[int, int]]:
         if self.gauge:

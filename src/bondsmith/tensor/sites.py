@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 _EXPLICIT = re.compile(r"^(\(\d+,\d+\))+$")
-_ROUND_FROM, _ROUND_TO = 64, 8  # GEMMs like multiples of 8; below 64 the lost parameters cost more than that
+ROUND_FROM, ROUND_TO = 64, 8  # GEMMs like multiples of 8; below 64 the lost parameters cost more than that
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ class Sites:
         """Which end a contraction starts at: the cheaper one; the last site at a tie."""
         return self.sweep_cost(bonds, from_right=True) <= self.sweep_cost(bonds, from_right=False)
 
-    def bonds_within(self, budget: int, gauge: bool = False) -> tuple[int, ...]:
+    def bonds_within(self, budget: int, gauge: bool = False, multiple: int = ROUND_TO) -> tuple[int, ...]:
         """The largest uniform bond, clipped to the exact ones, that stores at most `budget` numbers.
 
-        Bonds of 64 and more are rounded down to a multiple of 8. ValueError if not even bond 1 fits.
+        Bonds of 64 and more are rounded down to a `multiple`. ValueError if not even bond 1 fits.
 
         >>> cut = Sites((576, 1), (1, 576))
         >>> cut.bonds_within(576 * 576 // 2), cut.bonds_within(576 * 576 // 2, gauge=True)
@@ -131,8 +131,8 @@ class Sites:
             middle = (low + high + 1) // 2
             fits = self.parameters(self.clip(middle), gauge) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
-        if _ROUND_FROM <= low < max(self.exact_bonds()):
-            low -= low % _ROUND_TO
+        if ROUND_FROM <= low < max(self.exact_bonds()):
+            low -= low % multiple
         return self.clip(low)
 
     def to_json(self) -> dict[str, Any]:
