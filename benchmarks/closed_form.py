@@ -18,8 +18,7 @@ from rich.table import Table
 
 import bondsmith
 from bondsmith.data import split_windows
-from bondsmith.model.source import load_tokenizer, open_source
-from bondsmith.pipeline import load_whole
+from bondsmith.model.source import load_tokenizer, load_whole, open_source
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bondsmith
-from bondsmith.model.source import open_source
-from bondsmith.pipeline import load_whole
+from bondsmith.model.source import load_whole, open_source
 from bondsmith.stages.speed import time_prefill
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 import bondsmith
-from bondsmith import cli, pipeline
+from bondsmith import cli, scoring
 from bondsmith.model.source import load_tokenizer
 from bondsmith.stages import report
 from bondsmith.stages.benchmark import run_tasks
@@ -57,7 +58,7 @@ def main() -> None:
         bondsmith.compress(
             model, OUT, evaluation=[str(passages())], overwrite=True, command="make demo", progress=show, **SETTINGS
         )
-        results = pipeline.record(OUT, compare(model, show))
+        results = scoring.record(OUT, compare(model, show))
     console = Console()
     console.print(report.summary_table(results))
     console.print(f"\n[bold]> {QUESTION}[/bold]")
@@ -75,11 +76,11 @@ def passages() -> Path:
     return file
 
 
-def compare(model: Path, show: pipeline.Progress) -> dict[str, Any]:
+def compare(model: Path, show: Callable[[str, float], None]) -> dict[str, Any]:
     """Returns the sections `tasks` and `chat` of the results: both models on the same rows, and on one question."""
     tokenizer = load_tokenizer(OUT)
     turns = [{"role": "user", "content": QUESTION}]
-    with pipeline.opened({"original": model, "compressed": OUT}) as models:
+    with scoring.opened({"original": model, "compressed": OUT}) as models:
         scores = run_tasks(
             models,
             tokenizer,
@@ -90,7 +91,7 @@ def compare(model: Path, show: pipeline.Progress) -> dict[str, Any]:
         )
         answers = {name: reply(m, tokenizer, turns, max_new_tokens=64, do_sample=False) for name, m in models.items()}
     return {
-        "tasks": pipeline.merge_tasks([], [asdict(score) for score in scores]),
+        "tasks": scoring.merge_tasks([], [asdict(score) for score in scores]),
         "chat": {"prompt": QUESTION} | answers,
     }
 

@@ -6,7 +6,19 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "bondsmith"
-LEVELS = {"_version": 0, "tensor": 0, "nn": 1, "recipe": 1, "data": 2, "model": 2, "stages": 3, "pipeline": 4, "cli": 5}
+LEVELS = {
+    "_version": 0,
+    "tensor": 0,
+    "nn": 1,
+    "recipe": 1,
+    "data": 2,
+    "model": 2,
+    "stages": 3,
+    "rundir": 3,
+    "scoring": 4,
+    "pipeline": 4,
+    "cli": 5,
+}
 HOME = "bondsmith"
 
 

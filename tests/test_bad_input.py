@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, ViTConfig
 import bondsmith
 from bondsmith import ModelError, Recipe, cli
 from bondsmith.data import DataError
-from bondsmith.pipeline import RunError
 from bondsmith.recipe import RecipeError, parse_bytes
+from bondsmith.rundir import RunError
 from bondsmith.stages.plan import PlanError
 
 

@@ -80,3 +80,16 @@ def test_specs_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     check_spec("hf:owner/name:config:split")
     with pytest.raises(DataError, match="no such file"):
         check_spec(str(tmp_path / "none.txt"))
+
+
+def test_hub_data_sets_are_streamed(tmp_path: Path) -> None:
+    """`datasets` opens a local folder by the same call as a hub id."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows(folder / "train.jsonl")
+    windows = read_windows(f"hf:{folder}", TOKENIZER, count=3, window=20)
+    assert windows.ids.shape == (3, 20)
+    rows(folder / "train.jsonl", "story")
+    with pytest.raises(DataError, match="none of the columns text, page, messages"):
+        read_windows(f"hf:{folder}", TOKENIZER, count=3, window=20)

@@ -20,7 +20,7 @@ import bondsmith
 from bondsmith import cli
 from bondsmith.model import checkpoint
 from bondsmith.model.checkpoint import DiskFullError
-from bondsmith.pipeline import RunError
+from bondsmith.rundir import RunError
 
 BLOCKS = 6
 

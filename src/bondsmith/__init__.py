@@ -10,9 +10,10 @@ import bondsmith.model.hub  # noqa: F401  registers the quantizer, so that from_
 from bondsmith._version import __version__
 
 if TYPE_CHECKING:
+    from bondsmith.model.hub import load
     from bondsmith.model.source import ModelError
     from bondsmith.nn.linear import MPOLinear
-    from bondsmith.pipeline import Compressed, compress, load
+    from bondsmith.pipeline import Compressed, compress
     from bondsmith.recipe import Recipe
     from bondsmith.stages.plan import Plan
 
@@ -23,7 +24,7 @@ _HOMES = {
     "Plan": "bondsmith.stages.plan",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
-    "load": "bondsmith.pipeline",
+    "load": "bondsmith.model.hub",
 }
 
 __all__ = ["Compressed", "MPOLinear", "ModelError", "Plan", "Recipe", "__version__", "compress", "load"]

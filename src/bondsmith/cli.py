@@ -30,8 +30,8 @@ def main() -> None:
     from bondsmith.data import DataError
     from bondsmith.model.checkpoint import DiskFullError
     from bondsmith.model.source import ModelError
-    from bondsmith.pipeline import RunError
     from bondsmith.recipe import RecipeError
+    from bondsmith.rundir import RunError
     from bondsmith.stages.plan import PlanError
     from bondsmith.stages.rows import TaskError
 
@@ -132,13 +132,11 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
 ) -> None:
     """Score models on benchmark tasks; the results of a compressed directory and its report are brought up to date."""
-    from bondsmith import pipeline
+    from bondsmith.scoring import score
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with progress_bars() as show:
-        rows = pipeline.score(
-            model, names, data=data, limit=limit, against=against, batch_size=batch_size, progress=show
-        )
+        rows = score(model, names, data=data, limit=limit, against=against, batch_size=batch_size, progress=show)
     _show_tasks(rows)
 
 

@@ -129,7 +129,7 @@ def sample_windows(
     shares = [count // len(starts)] * len(starts)
     shares[0] += count - sum(shares)
     config = model.generation_config.__class__(
-        do_sample=True, temperature=1.0, top_k=0, top_p=0.95, eos_token_id=None, pad_token_id=0, use_cache=True
+        do_sample=True, temperature=1.0, top_k=100, eos_token_id=None, pad_token_id=0, use_cache=True
     )
     for start, share in zip(starts, shares, strict=True):
         for first in range(0, share, batch):

@@ -8,50 +8,53 @@ settings and the contents of the input files says whether a later run may go on 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bondsmith.data import SELF, DataError, Windows, check_spec, read_windows, sample_windows, split_windows
 from bondsmith.model.blocks import BlockRunner, matrices, shape
 from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json, write_shard
+from bondsmith.model.hub import load
 from bondsmith.model.source import (
     ModelError,
     Source,
     empty,
-    file_digest,
     fill,
     load_tokenizer,
+    load_whole,
     open_source,
     skeleton,
     stored_names,
 )
 from bondsmith.recipe import Recipe
+from bondsmith.rundir import (
+    FINGERPRINT,
+    WORK,
+    RunError,
+    changes,
+    fingerprint,
+    log,
+    logging_to,
+    move_into_place,
+    open_directory,
+)
 from bondsmith.stages import decompose, describe, moments, quality, report, speed
 from bondsmith.stages.plan import Plan, uniform_plan
 from bondsmith.stages.streams import Stream
 
 Progress = Callable[[str, float], None]
-FINGERPRINT = "fingerprint.json"
 FISHER_SHARE = 4  # one calibration window in four also gives gradients: the output moments need fewer tokens
 _BATCH_TOKENS = 2048
-log = logging.getLogger("bondsmith")
-
-
-class RunError(ValueError):
-    """The run cannot start or go on where it was told to; the message says why and which option helps."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,6 @@ class Compressed:
         with console.capture() as capture:
             console.print(report.summary_table(self.results))
         return capture.get()
-
-
-def load(directory: str | Path, **options: Any) -> PreTrainedModel:
-    """Returns the compressed model in a directory; options go to `AutoModelForCausalLM.from_pretrained`."""
-    return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
 def compress(
@@ -110,18 +108,18 @@ def compress(
     out = Path(out).expanduser().absolute()
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
-    directory = _open_directory(out, resume, overwrite)
-    with _logging_to(directory / "log.txt"):
+    directory = open_directory(out, resume, overwrite)
+    with logging_to(directory / "log.txt"):
         run = _Run(directory, recipe, progress, command or _python_command(model, out, recipe))
         run.started = (directory / FINGERPRINT).is_file()
         try:
-            results = run.all(model, resume, evaluate)
+            results = run.all(model, evaluate)
         except (ModelError, DataError, ValueError) as error:
             log.error("%s", error)
             if not run.started:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
-    _move_into_place(directory, out)
+    move_into_place(directory, out)
     return Compressed(out, results)
 
 
@@ -138,20 +136,20 @@ class _Run:
 
     @property
     def work(self) -> Path:
-        return self.directory / "work"
+        return self.directory / WORK
 
-    def all(self, model: str | Path | PreTrainedModel, resume: bool, evaluate: bool) -> dict[str, Any]:
+    def all(self, model: str | Path | PreTrainedModel, evaluate: bool) -> dict[str, Any]:
         """Runs what is not done yet; returns the results."""
         log.info("bondsmith %s: %s", describe.versions()["bondsmith"], self.command)
         with self.stage("open"):
             source = open_source(model, self.work / "source")
-            runner = BlockRunner(skeleton(source.config))
+            runner = BlockRunner(skeleton(source.config, _device(self.recipe)))
             dtype = source.dtype if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
             plan = _plan(runner, self.recipe, dtype)
             log.info("plan: %s", plan)
             _check_disk(self.directory, plan, runner, self.recipe, dtype)
             tokenizer = _tokenizer(model, source) if self.recipe.needs_moments or evaluate else None
-            self.keep_fingerprint(source, resume)
+            self.keep_fingerprint(source, evaluate)
         plan.save(self.directory / "plan.json")
         self.recipe.save(self.directory / "recipe.yaml")
         with self.stage("calibration text"):
@@ -172,8 +170,6 @@ class _Run:
         write_json(self.directory / "results.json", results)
         report.write_report(self.directory, results)
         log.info("done")
-        shutil.rmtree(self.work)
-        (self.directory / FINGERPRINT).unlink()
         return results
 
     @contextmanager
@@ -187,15 +183,15 @@ class _Run:
         self.progress(name, 1.0)
         log.info("%s: %.1f s", name, self.seconds[name])
 
-    def keep_fingerprint(self, source: Source, resume: bool) -> None:
+    def keep_fingerprint(self, source: Source, evaluate: bool) -> None:
         """Writes the fingerprint, or compares it with the one found; RunError names what has changed."""
-        now = _fingerprint(source, self.recipe)
+        now = fingerprint(source, self.recipe, evaluate)
         path = self.directory / FINGERPRINT
         if path.is_file():
-            changes = _changes(json.loads(path.read_text()), now)
-            if changes:
+            found = changes(json.loads(path.read_text()), now)
+            if found:
                 raise RunError(
-                    f"{self.directory} holds an unfinished run with other settings or files ({'; '.join(changes)}): "
+                    f"{self.directory} holds an unfinished run with other settings or files ({'; '.join(found)}): "
                     "give the same ones, or --overwrite to start anew"
                 )
         else:
@@ -256,7 +252,6 @@ class _Run:
         outside = [n for n in stored_names(runner.model) if not n.startswith(runner.path + ".")]
         fill(runner.model, source.read(outside), device)
         runner.model.tie_weights()
-        runner.model.to(device) if device.type != "cpu" and not _has_meta(runner.model) else None
         width = 0
         if len(ids):
             with torch.no_grad():
@@ -343,95 +338,6 @@ class _Run:
         return {"quality": rows, "speed": rates}
 
 
-def score(
-    model: str | Path,
-    tasks: Sequence[str],
-    *,
-    data: Path | None = None,
-    limit: int | None = None,
-    against: str | Path | None = None,
-    batch_size: int = 8,
-    progress: Progress = lambda stage, share: None,
-) -> list[dict[str, Any]]:
-    """Returns benchmark scores of `model`, and of `against` on the same rows: task, metric, rows, model, score, stderr.
-
-    Where `model` is a compressed directory, its results.json and report are brought up to date.
-
-    Args:
-        tasks: names of lm-evaluation-harness tasks.
-        data: folder of local benchmark files; hub data sets without it.
-        limit: rows per task.
-
-    Raises:
-        TaskError: a task, file or column does not exist; before any model is loaded.
-        ModelError: a model cannot be opened.
-    """
-    from bondsmith.stages.benchmark import check_tasks, run_tasks
-
-    check_tasks(tasks, data, limit=limit)
-    names = {"compressed": model} if against is None else {"original": against, "compressed": model}
-    with opened(names) as loaded:
-        scores = run_tasks(
-            loaded,
-            load_tokenizer(Path(model)),
-            tasks,
-            data=data,
-            limit=limit,
-            batch_size=batch_size,
-            on_progress=lambda stage, done, total: progress(stage, done / max(1, total)),
-        )
-    rows = [asdict(s) for s in scores]
-    results = Path(model) / "results.json"
-    if results.is_file():
-        content = json.loads(results.read_text())
-        record(Path(model), {"tasks": merge_tasks(content.get("tasks", []), rows)})
-    return rows
-
-
-@contextmanager
-def opened(names: Mapping[str, str | Path]) -> Iterator[dict[str, PreTrainedModel]]:
-    """Yields models in memory, in float32, by label: compressed directories, or whatever `open_source` takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield {label: _open_whole(name, Path(folder) / label) for label, name in names.items()}
-
-
-def record(directory: Path, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts sections into the results.json of a compressed directory and draws its report anew; returns the results."""
-    results = json.loads((directory / "results.json").read_text()) | dict(sections)
-    write_json(directory / "results.json", results)
-    report.write_report(directory, results)
-    return results
-
-
-def merge_tasks(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the `tasks` section of `results.json`: new scores by task and metric, in the place of older ones."""
-    merged = {(t["task"], t["metric"]): dict(t) for t in before}
-    empty = {"original": None, "original_stderr": None, "compressed": None, "compressed_stderr": None}
-    for row in rows:
-        key = row["task"], row["metric"]
-        found = merged.get(key)
-        if found is None or found["rows"] != row["rows"]:
-            found = merged[key] = {"task": row["task"], "metric": row["metric"], "rows": row["rows"], **empty}
-        found[row["model"]], found[row["model"] + "_stderr"] = row["score"], row["stderr"]
-    return list(merged.values())
-
-
-def _open_whole(name: str | Path, cache: Path) -> PreTrainedModel:
-    """Returns a model in memory in float32: a compressed directory, or whatever `open_source` takes."""
-    config = Path(name) / "config.json"
-    if config.is_file() and '"quant_method": "bondsmith"' in config.read_text():
-        return load(name, dtype=torch.float32)
-    return load_whole(open_source(name, cache))
-
-
-def load_whole(source: Source, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Returns the original model with all weights in memory, in float32."""
-    model = skeleton(source.config)
-    fill(model, source.read(stored_names(model)), device)
-    model.tie_weights()
-    return model
-
-
 def _plan(runner: BlockRunner, recipe: Recipe, dtype: torch.dtype) -> Plan:
     shapes = {
         f"{runner.path}.{k}.{name}": (k, *shape(matrix))
@@ -459,10 +365,6 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _has_meta(model: torch.nn.Module) -> bool:
-    return any(p.is_meta for p in model.parameters())
-
-
 def _check_disk(directory: Path, plan: Plan, runner: BlockRunner, recipe: Recipe, dtype: torch.dtype) -> None:
     width = runner.model.get_input_embeddings().weight.shape[1]
     boundaries = 4 + (len(runner) / FISHER_SHARE if recipe.metric == "loss" else 0)
@@ -487,71 +389,6 @@ def _check_memory(source: Source, copies: int, purpose: str, remedy: str) -> Non
         raise RunError(
             f"{purpose} needs the whole model in memory ({needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free): {remedy}"
         )
-
-
-def _fingerprint(source: Source, recipe: Recipe) -> dict[str, Any]:
-    from bondsmith.model.hub import FORMAT
-
-    texts = [
-        Path(s).expanduser() for s in (*recipe.calibration, *recipe.evaluation) if s != SELF and not s.startswith("hf:")
-    ]
-    return {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "settings": recipe.to_dict(),
-        "files": {str(f): file_digest(f) for f in (*source.files, *texts)},
-    }
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changes = [f"{k} was {before[k]}, is {now[k]}" for k in ("format", "torch") if before[k] != now[k]]
-    old, new = before["settings"], now["settings"]
-    changes += [f"{k} was {old.get(k)}, is {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
-    old, new = before["files"], now["files"]
-    changes += [f"{f} has changed" for f in old if f in new and old[f] != new[f]]
-    changes += [f"{f} was not used" for f in new if f not in old] + [f"{f} is not used" for f in old if f not in new]
-    return changes
-
-
-def _open_directory(out: Path, resume: bool, overwrite: bool) -> Path:
-    partial = out.with_name(out.name + ".partial")
-    if out.is_file():
-        raise RunError(f"{out} is a file: give a directory")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise RunError(f"{out} exists and is not empty: choose another directory, or --overwrite to replace it")
-    if partial.exists() and not resume:
-        if not overwrite:
-            raise RunError(f"{partial} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
-        shutil.rmtree(partial)
-    (partial / "work").mkdir(parents=True, exist_ok=True)
-    return partial
-
-
-def _move_into_place(partial: Path, out: Path) -> None:
-    """Gives the finished directory its name; what was there before goes last."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(out, old)
-    os.rename(partial, out)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        handler.close()
 
 
 def _python_command(model: str | Path | PreTrainedModel, out: Path, recipe: Recipe) -> str:

@@ -40,7 +40,7 @@ def test_shards_and_another_dtype(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(ModelError, match="model-00002-of-.* is missing"):
+    with pytest.raises(ModelError, match=r"model-00002-of-.* is missing"):
         open_source(tmp_path, tmp_path / "cache")
 
 
@@ -79,3 +79,19 @@ def test_what_cannot_be_read_by_name_is_rewritten_once(tmp_path: Path, kind: str
     again = open_source(directory, cache)
     assert (cache / "copy-00000.safetensors").stat().st_mtime_ns == before
     assert again.places == source.places
+
+
+def test_a_hub_id_goes_through_the_hubs_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real download path, offline: the cache holds what an earlier download put there."""
+    import shutil
+
+    repository = tmp_path / "hub" / "models--someone--small"
+    shutil.copytree(original, repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    source = open_source("someone/small", tmp_path / "cache")
+    assert source.name == "someone/small"
+    assert source.path == repository / "snapshots" / "abc123"
+    assert same(source.read(source.places), load_file(original / "model.safetensors"))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -105,6 +106,11 @@ class BondsmithQuantizer(HfQuantizer):
         model.config.__dict__.pop("transformers_weights", None)
         model.config.__dict__.pop("auto_map", None)
         return model if dtype is None else model.to(dtype)
+
+
+def load(directory: str | Path, **options: Any) -> PreTrainedModel:
+    """Returns the compressed model in a directory; options go to `AutoModelForCausalLM.from_pretrained`."""
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
 def replace_matrices(model: nn.Module, networks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -75,12 +75,15 @@ class Source:
         return tensors
 
 
-def skeleton(config: Any) -> PreTrainedModel:
+def skeleton(config: Any, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Returns the model of a configuration in eval mode with parameters on the meta device and real buffers (rotary tables)."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            module._buffers[leaf] = None if buffer is None else buffer.to(device)
     return model.eval()
 
 
@@ -107,6 +110,14 @@ def empty(module: nn.Module) -> None:
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def load_whole(source: Source, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Returns the original model with all weights in memory, in float32."""
+    model = skeleton(source.config, device)
+    fill(model, source.read(stored_names(model)), device)
+    model.tie_weights()
+    return model
 
 
 def open_source(model: str | Path | PreTrainedModel, cache: Path) -> Source:

@@ -3,7 +3,8 @@
 - Every core is an `nn.Linear` without bias, so LoRA, GPTQ hooks, FSDP and quantisers see it; the contraction calls it.
 - `contract` site by site, or `materialise` the matrix for one GEMM: a threshold on the tokens, fixed at construction,
   decides.
-- Training keeps the input and, of a matrix cut, the bond; longer chains and built matrices are computed again in backward.
+- Training keeps the input and, of a matrix cut, the bond; longer chains and built matrices are computed again in
+  backward.
 - A core that somebody wrapped or hooked is always called, never read past.
 
 Legend: `T` tokens, `O`/`I` features, `k` the bond of a matrix cut, `a, b` bonds, `o, i` legs.

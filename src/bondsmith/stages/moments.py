@@ -73,7 +73,9 @@ def block_inputs(
     def rows(k: int) -> Callable[[int], Tensor]:
         if k == 0:
             return lambda first: runner.enter(ids[first : first + batch])
-        return lambda first: runner.block(k - 1, ids[first : first + batch], streams[k - 1].read(first, batch))
+        return lambda first: runner.block(
+            k - 1, ids[first : first + batch], streams[k - 1].read(first, batch).to(ids.device)
+        )
 
     for k, stream in enumerate(streams):
         if not stream.complete:
@@ -111,7 +113,7 @@ def output_moments(
         generator = torch.Generator().manual_seed(seed)
         hidden = streams[-1]
         gradients[-1].write(
-            _head_gradient(runner, ids[f : f + 1], hidden.read(f, 1), generator) for f in range(len(ids))
+            _head_gradient(runner, ids[f : f + 1], hidden.read(f, 1).to(ids.device), generator) for f in range(len(ids))
         )
     for k in reversed(range(len(runner))):
         if not (folder / f"block-{k}.safetensors").is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Streamed:
         config = source.config.__class__.from_dict(source.config.to_dict())
         quantization = config.__dict__.pop("quantization_config", None)
         self.source, self.device = source, device
-        model = skeleton(config)
+        model = skeleton(config, device)
         path = BlockRunner(model).path
         if quantization is not None:
             replace_matrices(model, quantization["networks"])
@@ -90,7 +91,7 @@ def _row(text: Windows, windows: list[tuple[float, float, float, float]]) -> dic
     error = values.std(0) / math.sqrt(len(windows)) if len(windows) > 1 else torch.full((4,), math.nan)
     difference = values[:, 1] - values[:, 0]
     return {
-        "text": text.spec,
+        "text": text.spec if text.spec.startswith("hf:") else Path(text.spec).name,
         "windows": len(windows),
         "tokens": text.ids.numel() - len(windows),
         "perplexity": {"original": _exp(mean[0]), "compressed": _exp(mean[1])},

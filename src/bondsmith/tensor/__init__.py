@@ -10,7 +10,9 @@ from bondsmith.tensor.fit import (
     whitened_cut,
 )
 from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.search import candidate_sites, search_sites
 from bondsmith.tensor.sites import Sites, parse_sites
+from bondsmith.tensor.svd import truncated_svd
 from bondsmith.tensor.weighted import Fit, fit_mpo
 
 __all__ = [
@@ -19,11 +21,14 @@ __all__ = [
     "Root",
     "Sites",
     "algebra",
+    "candidate_sites",
     "fit_mpo",
     "moment_root",
     "parse_sites",
     "propagated_target",
     "relative_error",
+    "search_sites",
     "sequential_svd",
+    "truncated_svd",
     "whitened_cut",
 ]

@@ -1,0 +1,94 @@
+"""The run directory: `OUT.partial` while a run works, its fingerprint, and the one rename that makes it `OUT`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bondsmith.data import SELF
+from bondsmith.model.hub import FORMAT
+from bondsmith.model.source import Source, file_digest
+from bondsmith.recipe import Recipe
+
+FINGERPRINT = "fingerprint.json"
+WORK = "work"
+log = logging.getLogger("bondsmith")
+
+
+class RunError(ValueError):
+    """The run cannot start or go on where it was told to; the message says why and which option helps."""
+
+
+def fingerprint(source: Source, recipe: Recipe, evaluate: bool) -> dict[str, Any]:
+    """Returns what must be the same for a run to go on: format, torch, settings, and the SHA-256 of every input file."""
+    texts = [
+        Path(s).expanduser() for s in (*recipe.calibration, *recipe.evaluation) if s != SELF and not s.startswith("hf:")
+    ]
+    return {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "settings": recipe.to_dict() | {"evaluate": evaluate},
+        "files": {str(f): file_digest(f) for f in (*source.files, *texts)},
+    }
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns what differs between two fingerprints, as phrases."""
+    found = [f"{k} was {before[k]}, is {now[k]}" for k in ("format", "torch") if before[k] != now[k]]
+    old, new = before["settings"], now["settings"]
+    found += [f"{k} was {old.get(k)}, is {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    old, new = before["files"], now["files"]
+    found += [f"{f} has changed" for f in old if f in new and old[f] != new[f]]
+    found += [f"{f} was not used" for f in new if f not in old] + [f"{f} is not used" for f in old if f not in new]
+    return found
+
+
+def open_directory(out: Path, resume: bool, overwrite: bool) -> Path:
+    """Returns `OUT.partial`, made or found again; RunError where `out` or an unfinished run is in the way."""
+    partial = out.with_name(out.name + ".partial")
+    if out.is_file():
+        raise RunError(f"{out} is a file: give a directory")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise RunError(f"{out} exists and is not empty: choose another directory, or --overwrite to replace it")
+    if partial.exists() and not resume:
+        if not overwrite:
+            raise RunError(f"{partial} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
+        shutil.rmtree(partial)
+    (partial / WORK).mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def move_into_place(partial: Path, out: Path) -> None:
+    """Gives the finished directory its name; what was there before, and what was needed only meanwhile, goes last."""
+    old = out.with_name(out.name + ".old")
+    if out.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(out, old)
+    os.rename(partial, out)
+    for rest in (old, out / WORK):
+        shutil.rmtree(rest, ignore_errors=True)
+    (out / FINGERPRINT).unlink()
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Writes the log of a run into a file, from the first second."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()
