@@ -87,3 +87,26 @@ def test_the_metrics_of_the_loss_beat_plain_svd(
         return float((reference.exp() * (reference - logits(small).log_softmax(-1))).sum(-1).mean())
 
     assert divergence(metric="loss") < divergence(metric="frobenius", sites="interleaved:3")
+
+
+@pytest.mark.parametrize(("name", "adds"), [("llama", True), ("gpt2", True), ("gemma3_text", False)])
+def test_the_last_pass_is_saved_where_the_last_matrix_adds_to_the_output(
+    name: str, adds: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma normalises what its MLP gives; there the block has to run once more, and both ways lead to the same model."""
+    from bondsmith.stages import decompose
+
+    model = save_tiny(tmp_path / "model", name)
+    finish, found = decompose._LastMatrix.finish, []
+
+    def watched(*args: object) -> bool:
+        found.append(finish(*args))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(decompose._LastMatrix, "finish", watched)
+    quick = compress(tmp_path / "model", text, tmp_path / "quick", keep=0.6).load()
+    assert found == [adds, adds]
+    monkeypatch.setattr(decompose._LastMatrix, "finish", lambda *args: False)
+    slow = compress(tmp_path / "model", text, tmp_path / "slow", keep=0.6).load()
+    assert torch.allclose(logits(quick), logits(slow), atol=1e-3)
+    assert not torch.allclose(logits(quick), logits(model), atol=1e-3)

@@ -53,7 +53,7 @@ from bondsmith.stages.plan import Plan, uniform_plan
 from bondsmith.stages.streams import Stream
 
 Progress = Callable[[str, float], None]
-FISHER_SHARE = 4  # one calibration window in four also gives gradients: the output moments need fewer tokens
+FISHER_SHARE = 6  # one calibration window in six also gives gradients: a backward pass costs four times a forward pass
 _BATCH_TOKENS = 2048
 
 

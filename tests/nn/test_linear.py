@@ -9,7 +9,15 @@ from bondsmith.nn import MPOLinear
 from bondsmith.nn import linear as linear_module
 from bondsmith.tensor import MPO, Sites, parse_sites, sequential_svd
 
-CASES = [("matrix", False), ("matrix", True), ("thin:2", False), ("interleaved:2", False), ("interleaved:3", False)]
+CASES = [
+    ("matrix", False),
+    ("matrix", True),
+    ("thin:2", False),
+    ("thin:2", True),
+    ("interleaved:2", False),
+    ("interleaved:3", False),
+    ("interleaved:3", True),
+]
 
 
 def layer_of(spec, gauge, bias=True, out_features=48, in_features=36, bonds=7, dtype=torch.float32):
@@ -88,8 +96,10 @@ def test_training_keeps_the_input_and_at_most_one_intermediate(spec, gauge):
 
 
 def test_gauge_stores_fewer_numbers():
-    layer, mpo = layer_of("matrix", True, bias=False)
-    assert sum(p.numel() for p in layer.parameters()) == mpo.sites.parameters(mpo.bonds, gauge=True)
+    for spec in ("matrix", "thin:2", "interleaved:3"):
+        layer, mpo = layer_of(spec, True, bias=False)
+        stored = sum(p.numel() for p in layer.parameters())
+        assert stored == mpo.sites.parameters(mpo.bonds, gauge=True) == mpo.parameters - sum(b**2 for b in mpo.bonds)
     assert layer.pivots.dtype == torch.int32
     assert layer.to(torch.bfloat16).pivots.dtype == torch.int32
 
@@ -186,8 +196,8 @@ def test_costs_choose_the_way():
 def test_description_and_errors():
     layer, _ = layer_of("matrix", True)
     assert "48x36 as (48,1)(1,36), bonds (7,), gauge, bias=True" in repr(layer)
-    with pytest.raises(ValueError, match=r"only the matrix cut"):
-        MPOLinear(parse_sites("thin:2", 8, 8), 2, bias=False, gauge=True)
+    with pytest.raises(ValueError, match=r"bond 8 of \(1, 8\) has only 6 rows to its left"):
+        MPOLinear(Sites((2, 2, 2), (3, 3, 3)), (1, 8), bias=False, gauge=True)
     with pytest.raises(ValueError, match=r"at least 1"):
         MPOLinear(parse_sites("matrix", 8, 8), 0, bias=False)
 

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bondsmith.tensor.gauge import pivot_cut
+from bondsmith.tensor import MPO, Sites, sequential_svd
+from bondsmith.tensor.gauge import left_factor, pivot, pivot_cut
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.data(), st.integers(0, 999))
@@ -33,3 +34,16 @@ def test_exchange_bounds_what_partial_pivoting_leaves_large():
 def test_too_wide():
     with pytest.raises(ValueError, match=r"2 rows has no 3 pivot rows"):
         pivot_cut(torch.ones(2, 3), torch.ones(3, 3))
+
+
+@given(st.integers(0, 999), st.integers(1, 9))
+def test_every_bond_of_a_network_can_be_pivoted(seed, bond):
+    sites = Sites((2, 3, 2, 2), (3, 2, 2, 1))
+    weight = torch.randn(24, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mpo = sequential_svd(weight, sites, bond)
+    pivoted = pivot(mpo)
+    shapes = sites.core_shapes(mpo.bonds)[:-1]
+    cores = [left_factor(*part).reshape(shape) for *part, shape in zip(pivoted.rests, pivoted.orders, shapes, strict=True)]
+    torch.testing.assert_close(MPO((*cores, pivoted.last)).to_matrix(), mpo.to_matrix())
+    assert pivoted.parameters == sites.parameters(mpo.bonds, gauge=True)
+    assert all(rest.numel() == 0 or rest.abs().max() <= 2 for rest in pivoted.rests)

@@ -107,9 +107,19 @@ def test_legs_must_pair():
         Sites((2,), (2, 3))
 
 
-def test_gauge_is_for_the_matrix_cut():
-    with pytest.raises(ValueError, match=r"only the matrix cut"):
-        parse_sites("thin:2", 6, 4).parameters((2,), gauge=True)
+def test_gauge_saves_the_square_of_every_bond():
+    sites = parse_sites("interleaved:3", 64, 64)
+    assert sites.parameters((7, 9), gauge=True) == sites.parameters((7, 9)) - 49 - 81
+    assert sites.multiply_adds((7, 9), gauge=True) == sites.multiply_adds((7, 9))
+    with pytest.raises(ValueError, match=r"bond 200 of \(1, 200\) has only 16 rows to its left"):
+        sites.parameters((1, 200), gauge=True)
+
+
+@given(legs, st.integers(1, 40))
+def test_uniform_bonds_always_leave_room_for_the_gauge(pairs, bond):
+    sites = sites_of(pairs)
+    bonds = sites.clip(bond)
+    assert sites.parameters(bonds, gauge=True) == sites.parameters(bonds) - sum(b**2 for b in bonds) > 0
 
 
 @given(st.integers(1, 2000), st.integers(1, 4))

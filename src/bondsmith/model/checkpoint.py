@@ -34,8 +34,11 @@ def shard_name(index: int, count: int) -> str:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what was written there is flushed to disk and renamed when the body ends well.
+
+    Args:
+        durable: False leaves out the flush, for files that no later run looks for.
 
     Raises:
         DiskFullError: no room is left on the device; `path` is as it was.
@@ -43,8 +46,9 @@ def atomic(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
-        with partial.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        if durable:
+            with partial.open("rb+") as handle:
+                os.fsync(handle.fileno())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):

@@ -12,7 +12,8 @@ Legend: `T` tokens, `O`/`I` features, `k` the bond of a matrix cut, `a, b` bonds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
-from bondsmith.tensor.gauge import left_factor, pivot_cut
+from bondsmith.tensor.gauge import left_factor, pivot
 from bondsmith.tensor.mpo import MPO, fold
 from bondsmith.tensor.sites import Sites
 
@@ -33,9 +34,9 @@ _NEVER = 2**62
 class MPOLinear(nn.Module):
     """`y = W x + bias` with `W` `(O, I)` a network over `sites` with `bonds`; initialised like `nn.Linear`.
 
-    With `gauge` (matrix cut only) `k` rows of `W` are those of the last core, the first core holds the other `O - k` as
-    multiples of them, and `pivots` `(O,)` says which row goes where: `k (O + I - k)` parameters. ValueError for bad
-    bonds.
+    With `gauge` every core but the last is an identity block over the `(a o i - b, b)` rest that is stored, its rows
+    ordered by `pivots` (one core after the other): the square of every bond is saved. In a matrix cut `k` rows of `W`
+    are then those of the last core. ValueError for bad bonds.
 
     >>> layer = MPOLinear(Sites((8, 1), (1, 6)), (3,), bias=True)
     >>> layer(torch.zeros(2, 5, 6)).shape, [tuple(core.weight.shape) for core in layer.cores]
@@ -56,27 +57,27 @@ class MPOLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.sites, self.bonds, self.gauge = sites, sites.clip(bonds), gauge
+        self.sites, self.bonds, self.gauge = sites, sites.clip(bonds), gauge and sites.n > 1
         self.in_features, self.out_features = sites.in_features, sites.out_features
-        sites.parameters(self.bonds, gauge)  # raises where there is no gauge to fix
+        sites.parameters(self.bonds, self.gauge)  # raises where the gauge has no room
+        self._shapes = sites.core_shapes(self.bonds)
         self._from_right = sites.sweeps_from_right(self.bonds)
         self._is_cut = sites.is_matrix_cut
-        self._gather_below = (GATHER_UP_TO * self.in_features + 1) if gauge else 0
+        self._gather_below = (GATHER_UP_TO * self.in_features + 1) if self.gauge else 0
         self._materialise_from = _materialise_from(sites, self.bonds) * self.in_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cores = nn.ModuleList(_empty_core(*shape, **factory) for shape in self._weight_shapes())
         self.bias = nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None
-        self.register_buffer(
-            "pivots", torch.empty(self.out_features, dtype=torch.int32, device=device) if gauge else None
-        )
-        if not _weight_of(self.cores[0]).is_meta:
+        rows = sum(self._rows())
+        self.register_buffer("pivots", torch.empty(rows, dtype=torch.int32, device=device) if self.gauge else None)
+        if not _stored(self.cores[0]).is_meta:
             self.reset_parameters()
 
     @classmethod
     def from_mpo(
         cls, mpo: MPO, *, bias: Tensor | None = None, gauge: bool = False, dtype: torch.dtype | None = None
     ) -> MPOLinear:
-        """The layer with these cores, their device, and `dtype` or theirs; `gauge` pivots a matrix cut without loss.
+        """The layer with these cores, their device, and `dtype` or theirs; `gauge` pivots it without loss.
 
         >>> mpo = MPO((torch.randn(1, 6, 1, 2), torch.randn(2, 1, 4, 1)))
         >>> layer = MPOLinear.from_mpo(mpo, gauge=True)
@@ -85,9 +86,10 @@ class MPOLinear(nn.Module):
         """
         layer = cls(mpo.sites, mpo.bonds, bias=bias is not None, gauge=gauge, device="meta")
         pivots = None
-        if gauge:
-            cut = pivot_cut(mpo.cores[0][0, :, 0, :], mpo.cores[1][:, 0, :, 0])
-            weights, pivots = [cut.rest, cut.right], cut.order.to(torch.int32)
+        if layer.gauge:
+            pivoted = pivot(mpo)
+            weights = [*pivoted.rests, core_to_weight(pivoted.last, layer._from_right)]
+            pivots = torch.cat(pivoted.orders).to(torch.int32)
         else:
             weights = [core_to_weight(core, layer._from_right) for core in mpo.cores]
         for core, weight in zip(layer.cores, weights, strict=True):
@@ -103,16 +105,14 @@ class MPOLinear(nn.Module):
         spread = (1 / (3 * self.in_features)) ** 0.5
         for bond in self.bonds:
             spread /= bond**0.5
-        each = spread ** (1 / self.sites.n)
-        for core in self.cores:
-            nn.init.normal_(_weight_of(core), 0.0, each)
-        if self.gauge:  # the first core multiplies rows of the matrix into rows of the matrix
-            nn.init.normal_(_weight_of(self.cores[0]), 0.0, self.bonds[0] ** -0.5)
-            nn.init.normal_(_weight_of(self.cores[1]), 0.0, (1 / (3 * self.in_features)) ** 0.5)
+        spreads = [spread ** (1 / self.sites.n)] * self.sites.n
+        if self.pivots is not None:  # the rests multiply rows of what lies to their right into like rows
+            spreads = [*(bond**-0.5 for bond in self.bonds), (1 / (3 * self.in_features)) ** 0.5]
+            self.pivots.copy_(torch.cat([torch.arange(rows) for rows in self._rows()]))
+        for core, each in zip(self.cores, spreads, strict=True):
+            nn.init.normal_(_stored(core), 0.0, each)
         if self.bias is not None:
             self.bias.zero_()
-        if self.pivots is not None:
-            self.pivots.copy_(torch.arange(self.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., O)` for `x` of shape `(..., I)`."""
@@ -126,13 +126,14 @@ class MPOLinear(nn.Module):
     def to_matrix(self) -> Tensor:
         """The `(O, I)` matrix, differentiable in the cores, with whatever adapters they carry."""
         weights = [_weight_of(core) for core in self.cores]
-        if self.pivots is not None:
-            weights[0] = left_factor(weights[0], self.pivots)
         if self._is_cut:
-            matrix: Tensor = weights[0] @ weights[1]
+            left = weights[0] if self.pivots is None else left_factor(weights[0], self.pivots)
+            matrix: Tensor = left @ weights[1]
             return matrix
-        shapes = self.sites.core_shapes(self.bonds)
-        return fold([weight_to_core(w, shape, self._from_right) for w, shape in zip(weights, shapes, strict=True)])
+        cores = self._pivoted_cores() if self.pivots is not None else []
+        for k in range(len(cores), self.sites.n):
+            cores.append(weight_to_core(weights[k], self._shapes[k], self._from_right))
+        return fold(cores)
 
     @torch.no_grad()
     def materialise(self) -> nn.Linear:
@@ -158,21 +159,35 @@ class MPOLinear(nn.Module):
         elif x.numel() < self._gather_below or not _is_plain(first):
             y = torch.cat((z, first(z)), -1).index_select(-1, pivots)
         else:
-            y = F.linear(z, left_factor(_weight_of(first), pivots))
+            y = F.linear(z, left_factor(_stored(first), pivots))
         return y if bias is None else y + bias
 
     def _forward_network(self, x: Tensor) -> Tensor:
         if x.numel() >= self._materialise_from and all(_is_plain(core) for core in self.cores):
             return F.linear(x, self.to_matrix(), self.bias)
-        y = sweep(self.sites, self.bonds, list(self.cores), x, self._from_right)
+        layers: list[Callable[[Tensor], Tensor]] = list(self.cores)
+        if self.pivots is not None:
+            weights = [core_to_weight(core, self._from_right) for core in self._pivoted_cores()]
+            layers[:-1] = [partial(F.linear, weight=weight) for weight in weights]
+        y = sweep(self.sites, self.bonds, layers, x, self._from_right)
         return y if self.bias is None else y + self.bias
 
+    def _pivoted_cores(self) -> list[Tensor]:
+        """All cores but the last, identity blocks put back."""
+        assert self.pivots is not None
+        orders = self.pivots.split(self._rows())
+        stored = zip(self.cores, orders, self._shapes, strict=False)
+        return [left_factor(_weight_of(core), order).reshape(shape) for core, order, shape in stored]
+
+    def _rows(self) -> list[int]:
+        """The rows `a o i` of every core but the last as an `(a o i, b)` matrix."""
+        return [a * o * i for a, o, i, _ in self._shapes[:-1]]
+
     def _weight_shapes(self) -> list[tuple[int, int]]:
+        shapes = [(a * o, i * b) if self._from_right else (b * o, i * a) for a, o, i, b in self._shapes]
         if self.gauge:
-            (bond,) = self.bonds
-            return [(self.out_features - bond, bond), (bond, self.in_features)]
-        shapes = self.sites.core_shapes(self.bonds)
-        return [(a * o, i * b) if self._from_right else (b * o, i * a) for a, o, i, b in shapes]
+            shapes[:-1] = [(a * o * i - b, b) for a, o, i, b in self._shapes[:-1]]
+        return shapes
 
 
 def _materialise_from(sites: Sites, bonds: tuple[int, ...]) -> int:
@@ -195,10 +210,14 @@ def _is_plain(core: nn.Module) -> bool:
     return type(core) is nn.Linear and not core._forward_hooks and not core._forward_pre_hooks
 
 
+def _stored(core: nn.Module) -> Tensor:
+    return cast(Tensor, core.weight)
+
+
 def _weight_of(core: nn.Module) -> Tensor:
     """The `(out, in)` matrix that calling `core` multiplies by: adapters and all."""
-    if type(core) is nn.Linear:
-        return core.weight
+    if _is_plain(core):
+        return _stored(core)
     like, in_features = next(core.parameters()), cast(int, core.in_features)
     columns: Tensor = core(torch.eye(in_features, dtype=like.dtype, device=like.device))
     return columns.T

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,16 +112,22 @@ def _stream(job: Job, name: str, k: int) -> Stream:
     return stream
 
 
+def _temporary(job: Job, name: str, width: int) -> Stream:
+    """Returns a stream that no resumed run looks for."""
+    return Stream(job.work / name, (*job.ids.shape, width), durable=False)
+
+
 def _compress_block(job: Job, k: int) -> None:
     original = job.load(k)
     planned = {m.name.removeprefix(f"{job.runner.path}.{k}."): m for m in job.plan.block(k) if m.sites is not None}
     compressed = copy.deepcopy(original)
+    layers: dict[str, MPOLinear] = {}
     errors: dict[str, float] = {}
+    prefix = f"{job.runner.path}.{k}."
 
     def put(name: str, C: Tensor | None, D: Tensor | None, B: Tensor | None) -> None:
-        full_name = f"{job.runner.path}.{k}.{name}"
-        layer, errors[full_name] = fit_matrix(compressed.get_submodule(name), planned[name], C, D, B, job)
-        compressed.set_submodule(name, layer)
+        layers[name], errors[prefix + name] = fit_matrix(compressed.get_submodule(name), planned[name], C, D, B, job)
+        compressed.set_submodule(name, layers[name].materialise())  # one GEMM is faster where thousands of tokens pass
 
     if not job.recipe.needs_moments:
         for name in planned:
@@ -130,8 +136,9 @@ def _compress_block(job: Job, k: int) -> None:
         outputs = load_output_moments(job.fisher, k) if job.fisher else {}
         fit = _fit_propagated if job.recipe.propagate else _fit_from_original
         fit(job, k, original, compressed, planned, lambda name, C, D: put(name, C, D, outputs.get(name)))
+    for name, layer in layers.items():
+        compressed.set_submodule(name, layer)
     write_json(job.work / f"errors-{k}.json", errors)
-    prefix = f"{job.runner.path}.{k}."
     write_shard(job.shard(k), {prefix + n: _cast(t, job.dtype) for n, t in compressed.state_dict().items()})
 
 
@@ -181,38 +188,57 @@ def _fit_propagated(
 ) -> None:
     """Group after group, the compressed copy runs up to it; the original's inputs come from one pass kept on disk."""
     x, after = _stream(job, "original", k), _stream(job, "original", k + 1)
-    xh = _stream(job, "compressed", k)
     groups = _groups(job, k, original, x, planned)
-    windows, tokens = job.ids.shape
-    inputs = {i: Stream(job.work / f"input-{i}", (windows, tokens, g.in_features)) for i, g in enumerate(groups)}
+    inputs = [_temporary(job, f"input-{i}", g.in_features) for i, g in enumerate(groups)]
     _keep_inputs(job, k, original, groups, x, after, inputs)
-    for i, group in enumerate(groups):
-        C, D = Moment(group.in_features, job.device), Moment(group.in_features, job.device)
+    last = _LastMatrix.of(job, k, groups[-1]) if groups else None
+    for group, before in zip(groups, inputs, strict=True):
+        ending = last if group is groups[-1] else None
+        C, D = _propagated_moments(job, k, compressed, group, before, x, after, ending)
+        for name in group.names:
+            if name in planned:
+                put(name, C, D)
+        before.remove()
+    if k + 1 < len(job.runner):
+        leave = _stream(job, "compressed", k + 1)
+        if last is None or not last.finish(original, compressed, leave):
+            xh = _stream(job, "compressed", k)
+            leave.write(job.runner.block(k, _ids(job, f), _rows(job, xh, f), compressed) for f in job.batches())
+
+
+def _propagated_moments(
+    job: Job,
+    k: int,
+    compressed: nn.Module,
+    group: Group,
+    before: Stream,
+    x: Stream,
+    after: Stream,
+    ending: _LastMatrix | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns `C = E[xh xh^T]` and `D = E[(x - xh) xh^T]` of one group, `xh` being what reaches it in the compressed copy."""
+    xh = _stream(job, "compressed", k)
+    C, D = Moment(group.in_features, job.device), Moment(group.in_features, job.device)
+    with ExitStack() as stack:
+        keep = stack.enter_context(ending.writer()) if ending else None
         for first in job.batches():
-            with capture_inputs(compressed, [group], stop=True) as seen:
-                job.runner.block(k, _ids(job, first), _rows(job, xh, first), compressed)
-            if 0 not in seen:
-                continue
+            with capture_inputs(compressed, [group], stop=keep is None) as seen:
+                out = job.runner.block(k, _ids(job, first), _rows(job, xh, first), compressed)
+            if keep is not None:
+                keep(out, seen[0])
             if not group.every_token:
-                C.add(seen[0])
+                if 0 in seen:
+                    C.add(seen[0])
                 continue
             w = _weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
             C.add(seen[0], w)
-            D.add(_rows(job, inputs[i], first).flatten(0, 1) - seen[0], w, seen[0])
-        name = _full(job, k, group)
-        mean, shift = C.mean(name), D.mean(name) if group.every_token else None
-        for member in group.names:
-            if member in planned:
-                put(member, mean, shift)
-        inputs[i].remove()
-    if k + 1 < len(job.runner):
-        _stream(job, "compressed", k + 1).write(
-            job.runner.block(k, _ids(job, first), _rows(job, xh, first), compressed) for first in job.batches()
-        )
+            D.add(_rows(job, before, first).flatten(0, 1) - seen[0], w, seen[0])
+    name = _full(job, k, group)
+    return C.mean(name), D.mean(name) if group.every_token else None
 
 
 def _keep_inputs(
-    job: Job, k: int, block: nn.Module, groups: list[Group], x: Stream, after: Stream, inputs: dict[int, Stream]
+    job: Job, k: int, block: nn.Module, groups: list[Group], x: Stream, after: Stream, inputs: list[Stream]
 ) -> None:
     """Runs the original block over all windows; writes what leaves it and what each group reads."""
     with ExitStack() as stack:
@@ -223,6 +249,58 @@ def _keep_inputs(
                 put_after(job.runner.block(k, _ids(job, first), _rows(job, x, first)))
             for i, write in puts.items():
                 write(seen[i])
+
+
+@dataclass(frozen=True)
+class _LastMatrix:
+    """Saves the last pass over a block: where its last matrix adds to the output, the output follows from the pass that read its input.
+
+    `out` with the original matrix W and the input `x` of it are kept; with W' in its place the block gives `out + x (W' - W)^T`.
+    That the matrix does add to the output is tested on the first windows against the block itself; Gemma's does not.
+    """
+
+    job: Job
+    k: int
+    name: str
+    out: Stream
+    fed: Stream
+
+    @classmethod
+    def of(cls, job: Job, k: int, group: Group) -> _LastMatrix | None:
+        """Returns what the last group needs, or None where the trick has no place: no next block, or not one matrix for all tokens."""
+        if k + 1 == len(job.runner) or not (group.last and group.writes and group.every_token):
+            return None
+        out, fed = _temporary(job, "last-out", job.width), _temporary(job, "last-input", group.in_features)
+        return cls(job, k, group.names[0], out, fed)
+
+    @contextmanager
+    def writer(self) -> Iterator[Callable[[Tensor, Tensor], None]]:
+        """Yields a function that keeps the output of the block and the input of its last matrix for a batch."""
+        with self.out.writer() as put_out, self.fed.writer() as put_fed:
+
+            def keep(out: Tensor, fed: Tensor) -> None:
+                put_out(out)
+                put_fed(fed)
+
+            yield keep
+
+    def finish(self, original: nn.Module, compressed: nn.Module, leave: Stream) -> bool:
+        """Writes the hidden states that leave the block to `leave`; False, and nothing written, where they do not follow."""
+        job = self.job
+        change = weight(compressed.get_submodule(self.name)) - weight(original.get_submodule(self.name))
+
+        def follow(first: int, count: int | None = None) -> Tensor:
+            return _rows(job, self.out, first, count) + _rows(job, self.fed, first, count) @ change.T
+
+        entering = _stream(job, "compressed", self.k)
+        true = job.runner.block(self.k, _ids(job, 0, 1), _rows(job, entering, 0, 1), compressed)
+        moved = true - _rows(job, self.out, 0, 1)
+        follows = bool((follow(0, 1) - true).norm() <= 1e-3 * moved.norm() + 1e-6 * true.norm())
+        if follows:
+            leave.write(follow(first) for first in job.batches())
+        self.out.remove()
+        self.fed.remove()
+        return follows
 
 
 def fit_matrix(

@@ -17,6 +17,8 @@ from bondsmith.model.checkpoint import write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
 
+_PANEL = 128  # narrower panels make slow products
+
 
 class Moment:
     """A weighted mean of outer products, summed in float32 on the device of its rows, divided when read."""
@@ -25,13 +27,25 @@ class Moment:
         self._sum = torch.zeros(features, features, device=device)
         self._weight = 0.0
         self._rows = 0
+        self._lower = True
 
     def add(self, rows_TI: Tensor, weights_T: Tensor | None = None, other_TI: Tensor | None = None) -> None:
         """Adds `sum_t w_t x_t y_t^T` for rows `x` and `other` rows `y` (`x` itself by default)."""
         weighted = rows_TI if weights_T is None else rows_TI * weights_T[:, None]
-        self._sum.addmm_(weighted.T, rows_TI if other_TI is None else other_TI)
+        if other_TI is None:
+            self._add_symmetric(weighted, rows_TI)
+        else:
+            self._lower = False
+            self._sum.addmm_(weighted.T, other_TI)
         self._rows += rows_TI.shape[0]
         self._weight += float(rows_TI.shape[0] if weights_T is None else weights_T.sum())
+
+    def _add_symmetric(self, weighted_TI: Tensor, rows_TI: Tensor) -> None:
+        """Adds to the blocks on and under the diagonal only: with eight of them 9/16 of the multiply-adds of the whole."""
+        step = max(_PANEL, -(-rows_TI.shape[1] // 8))
+        for first in range(0, rows_TI.shape[1], step):
+            panel = slice(first, first + step)
+            self._sum[panel, : panel.stop].addmm_(weighted_TI[:, panel].T, rows_TI[:, : panel.stop])
 
     @property
     def seen(self) -> bool:
@@ -43,6 +57,8 @@ class Moment:
         if not self.seen:
             raise ModelError(f"{name}: no calibration token reached this matrix; calibrate on more or other text")
         mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
+        if self._lower:
+            mean = mean.tril() + mean.tril(-1).T
         if not torch.isfinite(mean).all():
             raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
         return mean

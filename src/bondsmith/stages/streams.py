@@ -15,7 +15,7 @@ from bondsmith.model.checkpoint import atomic
 
 
 class Stream:
-    """A tensor (windows, ...) of float32 in a file, read by rows.
+    """A tensor (windows, ...) of float32 in a file, read by rows; `durable` ones outlive a crash of the machine.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -25,9 +25,10 @@ class Stream:
     [[0.0, 0.0], [1.0, 1.0]]
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...]):
+    def __init__(self, path: Path, shape: tuple[int, ...], durable: bool = True):
         self.path = path
         self.shape = shape
+        self.durable = durable
         self._row = math.prod(shape[1:])
 
     @property
@@ -41,7 +42,7 @@ class Stream:
 
         Plain writes, not a memory map: mapped pages would count as memory used.
         """
-        with atomic(self.path) as partial, partial.open("wb") as handle:
+        with atomic(self.path, self.durable) as partial, partial.open("wb") as handle:
             yield lambda rows: handle.write(rows.detach().to("cpu", torch.float32).contiguous().numpy().data)
             handle.flush()
 

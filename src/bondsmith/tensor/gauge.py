@@ -1,4 +1,4 @@
-"""The gauge of a matrix cut, fixed so that `k^2` of its numbers need not be stored.
+"""The gauge of every bond, fixed so that the square of the bond's dimension need not be stored.
 
 Legend: `A` the `(O, k)` left factor, `B` the `(k, I)` right one, `W = A B`. With `A = P [1; R] H` for a permutation
 `P`, `W = P [1; R] (H B)`: `k` rows of `W` are rows of `H B` itself, the other `O - k` are `R` times them, and `k (O + I
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from bondsmith.tensor.mpo import MPO
 
 LARGEST_COEFFICIENT = 2.0
 
@@ -32,6 +34,36 @@ def left_factor(rest: Tensor, order: Tensor) -> Tensor:
     """`[1; rest][order]`, the `(O, k)` left factor of a pivoted cut."""
     identity = torch.eye(rest.shape[1], dtype=rest.dtype, device=rest.device)
     return torch.cat((identity, rest)).index_select(0, order)
+
+
+@dataclass(frozen=True, eq=False)
+class Pivoted:
+    """A network whose cores but the last are `[1; rest][order]` as `(a o i, b)` matrices; only the rest is stored."""
+
+    rests: tuple[Tensor, ...]
+    orders: tuple[Tensor, ...]
+    last: Tensor
+
+    @property
+    def parameters(self) -> int:
+        """Stored numbers: those of the network less the square of every bond."""
+        return sum(rest.numel() for rest in self.rests) + self.last.numel()
+
+
+def pivot(mpo: MPO) -> Pivoted:
+    """The pivoted form of a network, lossless to rounding, in its dtype; computed in float64, bond by bond from the left.
+
+    ValueError if a bond exceeds the rows `a o i` to its left (`algebra.canonical` shrinks such a bond without loss).
+    """
+    cores = [core.to(torch.float64) for core in mpo.cores]
+    rests, orders = [], []
+    for k in range(len(cores) - 1):
+        a, o, i, b = cores[k].shape
+        cut = pivot_cut(cores[k].reshape(a * o * i, b), cores[k + 1].reshape(b, -1))
+        cores[k + 1] = cut.right.reshape(cores[k + 1].shape)
+        rests.append(cut.rest.to(mpo.dtype))
+        orders.append(cut.order)
+    return Pivoted(tuple(rests), tuple(orders), cores[-1].to(mpo.dtype))
 
 
 def pivot_cut(left: Tensor, right: Tensor, largest: float = LARGEST_COEFFICIENT) -> PivotedCut:

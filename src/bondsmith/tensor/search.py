@@ -52,12 +52,12 @@ def search_sites(
     output_moment: Tensor | None = None,
     damping: float = DAMPING,
     gauge: bool = True,
-    refine: int = 3,
+    refine: int = 2,
 ) -> list[Fit]:
     """Fits of at most `budget` stored numbers, the smallest error in the metric first.
 
-    Every candidate is started; the `refine` best starts are swept to convergence and returned. The matrix cut, whose
-    start is its end, is always among them; `gauge` lets it use the numbers that its gauge saves. ValueError if nothing
+    Every candidate is started; the matrix cut, whose start is its end, and the `refine` best of the others, swept to
+    convergence, are returned. `gauge` spends the numbers that a stored gauge saves on larger bonds. ValueError if nothing
     fits the budget.
     """
     shapes = list(candidate_sites(*weight.shape) if candidates is None else candidates)
@@ -67,7 +67,7 @@ def search_sites(
         raise ValueError(f"no candidate of {len(shapes)} fits {budget} numbers; the smallest needs {least} at bond 1")
 
     def fit(sites: Sites, sweeps: int) -> Fit:
-        bonds = sites.bonds_within(budget, gauge and sites.is_matrix_cut)
+        bonds = sites.bonds_within(budget, gauge)
         return fit_mpo(
             weight,
             sites,
@@ -81,7 +81,7 @@ def search_sites(
     started = sorted((fit(sites, 0) for sites in affordable), key=lambda start: start.error)
     cuts = [start for start in started if start.mpo.sites.is_matrix_cut]
     others = [start for start in started if not start.mpo.sites.is_matrix_cut]
-    swept = [fit(start.mpo.sites, 40) for start in others[: max(0, refine - len(cuts))]]
+    swept = [fit(start.mpo.sites, 40) for start in others[:refine]]
     return sorted(cuts + swept, key=lambda done: done.error)
 
 

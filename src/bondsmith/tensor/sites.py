@@ -58,7 +58,7 @@ class Sites:
 
     @property
     def is_matrix_cut(self) -> bool:
-        """Whether this is `(O,1)(1,I)`, the plain low-rank factorisation, the one shape with a stored gauge."""
+        """Whether this is `(O,1)(1,I)`, the plain low-rank factorisation."""
         return self.n == 2 and self.in_legs[0] == 1 and self.out_legs[1] == 1
 
     def exact_bonds(self) -> tuple[int, ...]:
@@ -82,15 +82,15 @@ class Sites:
         return list(zip(left, self.out_legs, self.in_legs, right, strict=True))
 
     def parameters(self, bonds: Sequence[int], gauge: bool = False) -> int:
-        """Stored numbers at these bonds; the gauge of a matrix cut saves `bond ** 2`."""
+        """Stored numbers at these bonds; a stored gauge saves the square of each."""
         stored = sum(prod(shape) for shape in self.core_shapes(bonds))
         return stored - self._gauge_saving(bonds, gauge)
 
     def multiply_adds(self, bonds: Sequence[int], gauge: bool = False) -> int:
-        """Multiply-adds for one token, the cheapest way round."""
+        """Multiply-adds for one token, the cheapest way round; a stored gauge saves some in the matrix cut only."""
         cheapest = min(self.sweep_cost(bonds, from_right=True), self.sweep_cost(bonds, from_right=False))
         dense = self.materialise_cost(bonds) + self.out_features * self.in_features
-        return min(cheapest, dense) - self._gauge_saving(bonds, gauge)
+        return min(cheapest, dense) - (self._gauge_saving(bonds, gauge) if self.is_matrix_cut else 0)
 
     def sweep_cost(self, bonds: Sequence[int], from_right: bool) -> int:
         """Multiply-adds per token of contracting site after site, starting at the last (or the first) one."""
@@ -150,9 +150,10 @@ class Sites:
     def _gauge_saving(self, bonds: Sequence[int], gauge: bool) -> int:
         if not gauge:
             return 0
-        if not self.is_matrix_cut:
-            raise ValueError(f"only the matrix cut (O,1)(1,I) stores its gauge, not {self}; use gauge=False")
-        return bonds[0] ** 2
+        for (a, o, i, b), bond in zip(self.core_shapes(bonds), bonds, strict=False):
+            if b > a * o * i:
+                raise ValueError(f"bond {bond} of {tuple(bonds)} has only {a * o * i} rows to its left in sites {self}")
+        return sum(bond**2 for bond in bonds)
 
 
 def parse_sites(spec: str, out_features: int, in_features: int) -> Sites:
