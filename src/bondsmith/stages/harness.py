@@ -89,7 +89,7 @@ class Scorer(HFLM):  # lm-eval is not typed
         """(batches of contexts of equal length, each with the numbers of its requests; numbers of all other requests).
 
         A context whose choices need several inputs runs once and its keys and values serve all of them. Measured on
-        SmolLM2, 48 rows: 0.8 of the time on ARC-Easy, but 1.3 times on PIQA, whose contexts are shorter than its choices.
+        SmolLM2, 48 rows: 0.8 of the time on ARC-Easy, but 1.3 times on PIQA, where contexts are shorter than choices.
         Equal lengths, because then no padding can touch the numbers.
         """
         members: dict[tuple[int, ...], list[int]] = {}
