@@ -43,7 +43,9 @@ def test_every_bond_of_a_network_can_be_pivoted(seed, bond):
     mpo = sequential_svd(weight, sites, bond)
     pivoted = pivot(mpo)
     shapes = sites.core_shapes(mpo.bonds)[:-1]
-    cores = [left_factor(*part).reshape(shape) for *part, shape in zip(pivoted.rests, pivoted.orders, shapes, strict=True)]
+    cores = [
+        left_factor(*part).reshape(shape) for *part, shape in zip(pivoted.rests, pivoted.orders, shapes, strict=True)
+    ]
     torch.testing.assert_close(MPO((*cores, pivoted.last)).to_matrix(), mpo.to_matrix())
     assert pivoted.parameters == sites.parameters(mpo.bonds, gauge=True)
     assert all(rest.numel() == 0 or rest.abs().max() <= 2 for rest in pivoted.rests)
