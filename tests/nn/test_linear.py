@@ -196,8 +196,8 @@ def test_costs_choose_the_way():
 def test_description_and_errors():
     layer, _ = layer_of("matrix", True)
     assert "48x36 as (48,1)(1,36), bonds (7,), gauge, bias=True" in repr(layer)
-    with pytest.raises(ValueError, match=r"bond 8 of \(1, 8\) has only 6 rows to its left"):
-        MPOLinear(Sites((2, 2, 2), (3, 3, 3)), (1, 8), bias=False, gauge=True)
+    with pytest.raises(ValueError, match=r"bond 16 of \(1, 16\) has only 4 rows"):
+        MPOLinear(Sites((2, 2, 4), (2, 2, 4)), (1, 16), bias=False, gauge=True)
     with pytest.raises(ValueError, match=r"at least 1"):
         MPOLinear(parse_sites("matrix", 8, 8), 0, bias=False)
 

@@ -22,12 +22,11 @@ def candidate_sites(out_features: int, in_features: int, *, most_sites: int = 3,
     The matrix cut, thin legs `(O/s,t)(s,I/t)` with `s, t` up to 4, and for 2 to `most_sites` sites the pairs of the two
     most equal factorisations of each dimension, the out legs ascending, the in legs descending.
 
-    >>> for sites in candidate_sites(6, 8, limit=4):
+    >>> for sites in candidate_sites(6, 9):
     ...     print(sites)
-    (6,1)(1,8)
-    (6,2)(1,4)
-    (3,2)(2,4)
-    (3,4)(2,2)
+    (6,1)(1,9)
+    (3,1)(2,9)
+    (2,3)(3,3)
     """
     found = {Sites((out_features, 1), (1, in_features))}
     for s in SHORT_LEGS:
@@ -37,7 +36,7 @@ def candidate_sites(out_features: int, in_features: int, *, most_sites: int = 3,
     for n in range(2, most_sites + 1):
         for out_legs in _most_equal(out_features, n):
             for in_legs in _most_equal(in_features, n):
-                if (1, 1) not in zip(out_legs, reversed(in_legs), strict=True):
+                if min(out_legs + in_legs) > 1:
                     found.add(Sites(out_legs, in_legs[::-1]))
     affordable = [sites for sites in found if sites.parameters((1,) * (sites.n - 1)) <= _half(sites)]
     return sorted(affordable, key=lambda sites: (_cost(sites), str(sites)))[:limit]
