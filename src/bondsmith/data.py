@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,30 +114,42 @@ def split_windows(
     return calibration, evaluation
 
 
+@torch.no_grad()
 def sample_windows(
-    model: Any, tokenizer: Any, *, count: int, window: int, seed: int, batch: int = 32
-) -> Iterator[Tensor]:
-    """Yields batches of the model's own samples, (windows, tokens) each, `count` windows in all.
+    model: Any,
+    tokenizer: Any,
+    *,
+    count: int,
+    window: int,
+    seed: int,
+    batch: int = 64,
+    top_k: int = 100,
+    advance: Callable[[float], None] = lambda share: None,
+) -> Tensor:
+    """Returns the model's own samples, (count, window) token ids; `advance` hears the share that is done.
 
     Half of them start from the beginning-of-text token; where the tokenizer has a chat template, the other half start inside a user's
-    turn, so that the model writes the question and then its answer (after Xu et al. 2024, arXiv 2406.08464).
+    turn, so that the model writes the question and then its answer (after Xu et al. 2024, arXiv 2406.08464). Sampling goes on past the
+    end-of-text token, as text does in a window: `generate` would stop there.
     """
-    starts = [_plain_start(model, tokenizer)]
-    if chat := _chat_start(tokenizer):
-        starts.append(chat)
-    torch.manual_seed(seed)
-    shares = [count // len(starts)] * len(starts)
-    shares[0] += count - sum(shares)
-    config = model.generation_config.__class__(
-        do_sample=True, temperature=1.0, top_k=100, eos_token_id=None, pad_token_id=0, use_cache=True
-    )
-    for start, share in zip(starts, shares, strict=True):
-        for first in range(0, share, batch):
-            prompt = torch.tensor([start] * min(batch, share - first), device=model.device)
-            config.max_length = window
-            with torch.no_grad():
-                out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-            yield out.cpu()
+    starts = [start[:window] for start in (_plain_start(model, tokenizer), _chat_start(tokenizer)) if start]
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for first in range(0, count, batch):
+        rows = [starts[i % len(starts)] for i in range(first, min(first + batch, count))]
+        ids = torch.tensor([start + [0] * (window - len(start)) for start in rows])
+        given = torch.tensor([len(start) for start in rows])
+        cache = None
+        for t in range(window - 1):
+            step = ids[:, t : t + 1].to(model.device)
+            out = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            values, words = out.logits[:, -1].float().cpu().topk(min(top_k, out.logits.shape[-1]))
+            drawn = words.gather(1, torch.multinomial(values.softmax(-1), 1, generator=generator))[:, 0]
+            ids[:, t + 1] = torch.where(t + 1 < given, ids[:, t + 1], drawn)
+            advance((first + len(rows) * (t + 2) / window) / count)
+        batches.append(ids)
+    return torch.cat(batches)
 
 
 def _plain_start(model: Any, tokenizer: Any) -> list[int]:

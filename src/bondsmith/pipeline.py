@@ -235,12 +235,16 @@ class _Run:
         """Returns windows that the original model writes itself, shuffled; the whole model is in memory meanwhile."""
         _check_memory(source, 1, "calibrating on the model's own samples", "give a text with --calibration FILE")
         model = load_whole(source, _device(self.recipe))
-        batches = []
-        for batch in sample_windows(model, tokenizer, count=count, window=window, seed=self.recipe.seed):
-            batches.append(batch)
-            self.progress("calibration text", sum(len(b) for b in batches) / count)
+        samples = sample_windows(
+            model,
+            tokenizer,
+            count=count,
+            window=window,
+            seed=self.recipe.seed,
+            advance=lambda share: self.progress("calibration text", share),
+        )
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed))
-        return torch.cat(batches)[order]
+        return samples[order]
 
     def job(
         self, source: Source, runner: BlockRunner, plan: Plan, calibration: list[Windows], dtype: torch.dtype
