@@ -379,8 +379,8 @@ def _check_disk(directory: Path, plan: Plan, runner: BlockRunner, recipe: Recipe
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise RunError(
-            f"{directory}: about {needed / 1e9:.2f} GB are needed until the end (weights {plan.bytes(dtype.itemsize) / 1e9:.2f}, "
-            f"hidden states {hidden / 1e9:.2f}, gradients {outputs / 1e9:.2f}), {free / 1e9:.2f} GB are free: make room, "
+            f"{directory}: about {needed / 1e6:.1f} MB are needed until the end (weights {plan.bytes(dtype.itemsize) / 1e6:.1f}, "
+            f"hidden states {hidden / 1e6:.1f}, gradients {outputs / 1e6:.1f}), {free / 1e6:.1f} MB are free: make room, "
             "choose another --out or fewer --tokens"
         )
 
