@@ -53,6 +53,7 @@ from bondsmith.stages.plan import Plan, uniform_plan
 from bondsmith.stages.streams import Stream
 
 Progress = Callable[[str, float], None]
+FISHER_LEAST = 4096  # tokens, where there are so many
 FISHER_SHARE = 6  # one calibration window in six also gives gradients: a backward pass costs four times a forward pass
 _BATCH_TOKENS = 2048
 
@@ -282,7 +283,8 @@ class _Run:
         if job.fisher is None or (job.work / "fisher.done").is_file():
             return
         job.fisher.mkdir(parents=True, exist_ok=True)
-        ids = job.ids[: max(1, len(job.ids) // FISHER_SHARE)].to(job.device)
+        windows, tokens = job.ids.shape
+        ids = job.ids[: max(windows // FISHER_SHARE, -(-FISHER_LEAST // tokens))].to(job.device)
         count = len(job.runner)
         streams = [Stream(job.fisher / f"hidden-{k}", (*ids.shape, job.width)) for k in range(count + 1)]
         steps = iter(range(1, 2 * count + 2))
