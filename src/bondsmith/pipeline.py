@@ -388,7 +388,8 @@ def _check_disk(directory: Path, plan: Plan, runner: BlockRunner, recipe: Recipe
 
 
 def _check_memory(source: Source, copies: int, purpose: str, remedy: str) -> None:
-    parameters = source.stored_bytes / source.dtype.itemsize
+    files = {file for file, _ in source.places.values()}  # of a GGUF file: the rewritten copy
+    parameters = sum(file.stat().st_size for file in files) / source.dtype.itemsize
     needed = copies * 4 * parameters
     free = psutil.virtual_memory().available
     if needed > 0.9 * free:

@@ -94,7 +94,7 @@ def describe_run(
                 "matrix_parameters": before,
                 "bytes_fp32": 4 * total,
                 "bytes": source.stored_bytes,
-                "dtype": str(source.dtype).removeprefix("torch."),
+                "dtype": "GGUF" if source.files[0].suffix == ".gguf" else str(source.dtype).removeprefix("torch."),
                 "multiply_adds": before + head,
             },
             "compressed": {
