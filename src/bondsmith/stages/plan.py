@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
+from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites, parse_sites
 
 PIVOT_BYTES = 4  # a gauged network stores the order of its output rows as int32
@@ -22,7 +23,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """What becomes of one matrix: a network (`sites` and `bonds`), or nothing (`sites` is None).
+    """What becomes of one matrix: a network (`sites` and `bonds`) or the dense matrix (`sites` is None), rounded to a `grid` or not.
 
     `parameters` are stored scalars, `multiply_adds` per token; a dense matrix has O * I of both.
     """
@@ -34,6 +35,7 @@ class MatrixPlan:
     sites: Sites | None = None
     bonds: tuple[int, ...] = ()
     gauge: bool = False
+    grid: Grid | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -62,6 +64,8 @@ class MatrixPlan:
         if self.sites is not None:
             legs = zip(self.sites.out_legs, self.sites.in_legs, strict=True)
             entry |= {"sites": [list(pair) for pair in legs], "bonds": list(self.bonds), "gauge": self.gauge}
+        if self.grid is not None:
+            entry["grid"] = self.grid.to_json()
         return entry
 
     @classmethod
@@ -71,7 +75,8 @@ class MatrixPlan:
         sites = Sites(tuple(o for o, _ in pairs), tuple(i for _, i in pairs)) if pairs else None
         rows, columns = entry["shape"]
         bonds = tuple(entry.get("bonds", ()))
-        return cls(entry["name"], entry["block"], rows, columns, sites, bonds, bool(entry.get("gauge", False)))
+        grid = Grid(**entry["grid"]) if entry.get("grid") else None
+        return cls(entry["name"], entry["block"], rows, columns, sites, bonds, bool(entry.get("gauge", False)), grid)
 
 
 @dataclass(frozen=True)
