@@ -15,6 +15,7 @@ LEVELS = {
     "model": 2,
     "stages": 3,
     "rundir": 3,
+    "healing": 4,
     "scoring": 4,
     "pipeline": 4,
     "cli": 5,

@@ -41,7 +41,7 @@ class Recipe:
         blockwise: passes over the calibration windows that train each block's networks and norms, right after they are fitted; 0 for none.
         blockwise_rate: how far a step moves a network's cores, as a share of their size.
         blockwise_view: share of the loss on the original's inputs instead of those of the compressed blocks before, in [0, 1).
-        blockwise_ahead: weight of the error after the next original block.
+        blockwise_ahead: original blocks after it through which the error is followed; each is in memory meanwhile.
         keep_dense: glob patterns of matrices that stay as they are, e.g. "*.layers.0.*".
         dtype: dtype of the saved weights; auto is the checkpoint's own (float32 for GGUF files).
         device: where to compute: auto, cpu, cuda, cuda:1, ...
@@ -64,7 +64,7 @@ class Recipe:
     blockwise: int = 0
     blockwise_rate: float = 0.01
     blockwise_view: float = 0.0
-    blockwise_ahead: float = 0.0
+    blockwise_ahead: int = 1
     keep_dense: tuple[str, ...] = field(default=())
     dtype: str = "auto"
     device: str = "auto"
@@ -80,11 +80,11 @@ class Recipe:
         self._check()
 
     def _check_types(self) -> None:
-        for name in ("tokens", "window", "evaluation_windows", "blockwise", "seed"):
+        for name in ("tokens", "window", "evaluation_windows", "blockwise", "blockwise_ahead", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise RecipeError(f"{name}: {value!r} is not a whole number")
-        numbers = ("keep", "propagation_strength", "damping", "blockwise_rate", "blockwise_view", "blockwise_ahead")
+        numbers = ("keep", "propagation_strength", "damping", "blockwise_rate", "blockwise_view")
         for name in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
@@ -125,7 +125,7 @@ class Recipe:
     def _check_blockwise(self) -> None:
         if self.blockwise < 0 or self.blockwise_ahead < 0:
             raise RecipeError(
-                f"blockwise: {self.blockwise} passes, weight ahead {self.blockwise_ahead}: neither may be negative"
+                f"blockwise: {self.blockwise} passes, {self.blockwise_ahead} blocks ahead: neither may be negative"
             )
         if not self.blockwise:
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def test_training_brings_the_output_closer_and_the_file_keeps_its_form(home: Pat
     assert [r["block"] for r in rows] == [0, 1, 2]
     assert all(r["after"] <= r["before"] for r in rows)
     assert rows[0]["kept"]
-    assert rows[0]["after"] < 0.98 * rows[0]["before"]
+    assert rows[0]["after"] < 0.99 * rows[0]["before"]
     assert trained.results["quality"][0]["kl"] < plain.results["quality"][0]["kl"]
     files = [load_file(run.path / "bondsmith-00002-of-00004.safetensors") for run in (plain, trained)]
     assert {n: (t.shape, t.dtype) for n, t in files[0].items()} == {n: (t.shape, t.dtype) for n, t in files[1].items()}
@@ -87,14 +89,13 @@ def _away(task: Lesson, block: torch.nn.Module, index: torch.Tensor, settings: R
         parameter.grad = -parameter.detach()  # every step makes everything larger
 
 
-@pytest.mark.parametrize("setting", [{}, {"blockwise_view": 0.5}, {"blockwise_ahead": 1.0}])
+@pytest.mark.parametrize("setting", [{}, {"blockwise_view": 0.5}, {"blockwise_ahead": 2}])
 def test_every_view_learns_and_only_networks_and_norms_move(tmp_path: Path, setting: dict[str, float]) -> None:
     task, block = lesson(tmp_path)
     if "blockwise_ahead" in setting:
         runner = task.runner
-        task = Lesson(
-            *(getattr(task, n) for n in task.__dataclass_fields__ if n != "ahead"), lambda i, h: runner.block(1, i, h)
-        )
+        ahead = tuple(partial(runner.block, k) for k in (1, 2))
+        task = replace(task, ahead=ahead)
     before = {n: t.clone() for n, t in block.state_dict().items()}
     trained, outcome = distill(task, block, recipe(**setting), torch.float32)
     assert outcome.kept

@@ -3,7 +3,8 @@
 The block reads what the compressed blocks before it produce, and has to give what leaves the original block: so it also learns to undo
 their errors. A second view, the original's own inputs, keeps it from leaning on those errors. The loss is the squared error of every
 token relative to the mean square of its hidden state: a few tokens of Llama-like models are a thousand times larger than the others.
-Some windows are never trained on; the state that is best on them is kept, the untrained one included.
+What the next original blocks make of the error counts too: they show which of its directions matter. Some windows are never trained on;
+the state that is best on them is kept, the untrained one included.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from bondsmith.stages.training import Steps, cosine, trainable
 BATCH_TOKENS = 2048
 HELD_OUT = 8  # one window in so many is held out
 WARMUP = 0.1
+AHEAD_WEIGHT = 2.0  # of the errors after all blocks looked through together; the block's own counts 1
 NORM_RATE = 1e-3
 PATIENCE = 2  # epochs in a row without a gain
 
@@ -40,7 +42,7 @@ class Lesson:
         compressed: what the compressed blocks before it give.
         original: what the original blocks before it give.
         target: what leaves the original block.
-        ahead: the original block after it, as a function of (ids, hidden states); or None.
+        ahead: the original blocks after it that are looked through, as functions of (ids, hidden states).
     """
 
     runner: BlockRunner
@@ -50,12 +52,12 @@ class Lesson:
     original: Stream
     target: Stream
     device: torch.device
-    ahead: Callable[[Tensor, Tensor], Tensor] | None = None
+    ahead: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Relative squared error on the held-out windows before and after, the epochs run, and whether the trained state was `kept`."""
+    """The loss on the held-out windows before and after, the epochs run, and whether the trained state was `kept`."""
 
     before: float
     after: float
@@ -136,19 +138,24 @@ class _Learner:
 
 
 def _backward(lesson: Lesson, block: nn.Module, index: Tensor, recipe: Recipe) -> None:
-    """Adds the gradient of both views, and of what the next block makes of the first."""
-    ids, target = lesson.ids[index].to(lesson.device), _rows(lesson, lesson.target, index)
+    """Adds the gradient of both views."""
     view = recipe.blockwise_view
     for stream, share in ((lesson.compressed, 1 - view), (lesson.original, view)):
-        if share == 0:
-            continue
-        out = lesson.runner.block(lesson.index, ids, _rows(lesson, stream, index), block)
-        loss = share * relative_errors(out, target).mean()
-        if lesson.ahead is not None and stream is lesson.compressed:
-            with torch.no_grad():
-                further = lesson.ahead(ids, target)
-            loss = loss + recipe.blockwise_ahead * share * relative_errors(lesson.ahead(ids, out), further).mean()
-        loss.backward()
+        if share > 0:
+            (share * _loss(lesson, block, stream, index)).backward()
+
+
+def _loss(lesson: Lesson, block: nn.Module, stream: Stream, index: Tensor) -> Tensor:
+    """Returns the mean relative squared error of the block's output, and of what the next original blocks make of it."""
+    ids, target = lesson.ids[index].to(lesson.device), _rows(lesson, lesson.target, index)
+    out = lesson.runner.block(lesson.index, ids, _rows(lesson, stream, index), block)
+    loss = relative_errors(out, target).mean()
+    for further in lesson.ahead:
+        with torch.no_grad():
+            target = further(ids, target)
+        out = further(ids, out)
+        loss = loss + AHEAD_WEIGHT / len(lesson.ahead) * relative_errors(out, target).mean()
+    return loss
 
 
 def relative_errors(out: Tensor, target: Tensor) -> Tensor:
@@ -158,14 +165,9 @@ def relative_errors(out: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _error(lesson: Lesson, block: nn.Module, windows: list[int]) -> float:
-    """Returns the mean relative squared error behind the compressed prefix."""
-    total = 0.0
-    for window in windows:
-        index = torch.tensor([window])
-        entering = _rows(lesson, lesson.compressed, index)
-        out = lesson.runner.block(lesson.index, lesson.ids[index].to(lesson.device), entering, block)
-        total += float(relative_errors(out, _rows(lesson, lesson.target, index)).mean())
-    return total / max(1, len(windows))
+    """Returns the loss behind the compressed prefix, mean over windows."""
+    losses = [float(_loss(lesson, block, lesson.compressed, torch.tensor([window]))) for window in windows]
+    return sum(losses) / max(1, len(losses))
 
 
 def _rows(lesson: Lesson, stream: Stream, index: Tensor) -> Tensor:

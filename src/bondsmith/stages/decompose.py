@@ -156,14 +156,14 @@ def _compress_block(job: Job, k: int) -> None:
 def _train(job: Job, k: int, compressed: nn.Module) -> nn.Module:
     """Returns the block after block-wise distillation; what leaves it goes to the stream of the next one."""
     streams = (_stream(job, "compressed", k), _stream(job, "original", k), _stream(job, "original", k + 1))
-    ahead = None
-    if job.recipe.blockwise_ahead and k + 1 < len(job.runner):
-        job.load(k + 1)
-        ahead = partial(job.runner.block, k + 1)
+    further = range(k + 1, min(k + 1 + job.recipe.blockwise_ahead, len(job.runner)))
+    for j in further:
+        job.load(j)
+    ahead = tuple(partial(job.runner.block, j) for j in further)
     lesson = blockwise.Lesson(job.runner, k, job.ids, *streams, job.device, ahead)
     trained, outcome = blockwise.distill(lesson, compressed, job.recipe, job.dtype)
-    if ahead is not None:
-        empty(job.runner.blocks[k + 1])
+    for j in further:
+        empty(job.runner.blocks[j])
     if k + 1 < len(job.runner):
         _leave(job, k, trained)
     write_json(job.work / f"blockwise-{k}.json", asdict(outcome) | {"block": k})

@@ -100,16 +100,28 @@ class Steps(torch.optim.Optimizer):
                 continue
             state = self.state[parameter]
             state["step"] += 1
-            change = _core_change(parameter.grad, state) if group["core"] else _adam_change(parameter.grad, state)
-            parameter.add_(change, alpha=-group["rate"] * self.scale)
+            change = _core_change(parameter, state) if group["core"] else _adam_change(parameter, state)
+            _part(parameter).add_(change, alpha=-group["rate"] * self.scale)
 
 
-def _core_change(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-    state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-    ahead = gradient.lerp(state["momentum"], MOMENTUM)
-    if isinstance(ahead, DTensor):  # every process orthogonalises the whole core and keeps its part
-        return distribute_tensor(_level(ahead.full_tensor()), ahead.device_mesh, ahead.placements, src_data_rank=None)
-    return _level(ahead)
+def _part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that is on this process; an ordinary tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _core_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+    assert parameter.grad is not None
+    gradient, momentum = _part(parameter.grad), _part(state["momentum"])
+    momentum.lerp_(gradient, 1 - MOMENTUM)
+    ahead = gradient.lerp(momentum, MOMENTUM)
+    if not isinstance(parameter, DTensor):
+        return _level(ahead)
+    # every process orthogonalises the whole core and keeps its part of the result
+    mesh, places = parameter.device_mesh, parameter.placements
+    whole = DTensor.from_local(
+        ahead, mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    ).full_tensor()
+    return distribute_tensor(_level(whole), mesh, places, src_data_rank=None).to_local()
 
 
 def _level(matrix: Tensor) -> Tensor:
@@ -125,17 +137,19 @@ def _level(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def _adam_change(gradient: Tensor, state: dict[str, Tensor]) -> Tensor:
-    first, second = BETAS
-    state["mean"].lerp_(gradient, 1 - first)
-    state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    step = float(state["step"])
-    mean, square = state["mean"] / (1 - first**step), state["square"] / (1 - second**step)
-    return mean / (square.sqrt() + 1e-12)
+def _adam_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+    assert parameter.grad is not None
+    gradient, mean, square = _part(parameter.grad), _part(state["mean"]), _part(state["square"])
+    (first, second), step = BETAS, float(state["step"])
+    mean.lerp_(gradient, 1 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    return mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + 1e-12)
 
 
 def _size(parameter: Tensor) -> float:
-    size = float(parameter.detach().square().mean().sqrt()) if parameter.numel() else 0.0
+    tensor = parameter.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    size = float(whole.square().mean().sqrt()) if whole.numel() else 0.0
     return size or _SIZE_OF_ZEROS
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bondsmith import data
 from bondsmith.data import SELF, DataError, documents
 
 _OPEN = 64  # windows that wait for a piece that fits
@@ -68,25 +69,35 @@ def join(parts: Sequence[Windows]) -> Windows:
     return Windows(ids, positions, counts, sum(p.documents for p in parts), sum(p.split for p in parts))
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Windows to train on, to validate on, and running text of the held-out documents, one entry a SPEC."""
+
+    train: Windows
+    held: Windows
+    plain: tuple[data.Windows, ...]
+
+
 def read_samples(
     specs: Sequence[str], tokenizer: Any, *, tokens: int, held_out: int, window: int, answers: bool, seed: int
-) -> tuple[Windows, Windows]:
-    """Returns (training, held-out) windows: `tokens` tokens in all or what there is, and `held_out` windows of each SPEC.
+) -> Samples:
+    """Returns the training windows, `tokens` tokens in all or what there is, and `held_out` windows of each SPEC.
 
-    The documents of the two never overlap; the held-out ones come first, as they do in `bondsmith compress`.
+    Training documents and held-out ones never overlap; the held-out ones come first, as they do in `bondsmith compress`.
 
     Raises:
         DataError: a text is missing, too short, or holds chats that the model has no template for.
     """
     share = max(1, -(-tokens // window // len(specs)))
-    train, held = [], []
+    train, held, plain = [], [], []
     for spec in specs:
         if spec == SELF:
             raise DataError("self: healing needs a text; give a .txt, .jsonl or .jsonl.gz file or hf:DATASET")
         rows = list(documents(spec))
         random.Random(seed).shuffle(rows)
         first = _pack(rows, spec, tokenizer, held_out, window, answers)
-        rest = _pack(rows[first.documents :], spec, tokenizer, share, window, answers)
+        running = data.read_windows(spec, tokenizer, count=held_out, window=window, seed=seed)
+        rest = _pack(rows[max(first.documents, running.documents) :], spec, tokenizer, share, window, answers)
         if len(first) < held_out or not len(rest):
             raise DataError(
                 f"{spec} is too short: {len(rows)} documents fill {len(first) + len(rest)} windows of {window} tokens, "
@@ -95,7 +106,8 @@ def read_samples(
             )
         train.append(rest)
         held.append(first)
-    return join(train), join(held)
+        plain.append(running)
+    return Samples(join(train), join(held), tuple(plain))
 
 
 def _pack(rows: Iterable[Any], spec: str, tokenizer: Any, count: int, window: int, answers: bool) -> Windows:

@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from bondsmith.stages.training import cosine
+
 LOSS_ON = ("auto", "all", "answers")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -25,8 +27,8 @@ class HealSettings:
         window: tokens per window.
         batch: windows per optimizer step, over all processes.
         micro_batch: windows per forward pass of a process.
-        learning_rate: of the networks, relative to the size of each core.
-        norm_rate: of norms, biases and scales.
+        learning_rate: how far a step moves a network's cores, as a share of their size.
+        norm_rate: the same for norms, biases, scales, embedding and head.
         warmup: share of the steps in which the rate rises; a cosine brings it down to a fiftieth by the end.
         clip: largest norm of the gradient; 0 for none.
         kl_weight, ce_weight: of the divergence from the original and of the cross entropy of the text.
@@ -47,7 +49,7 @@ class HealSettings:
     window: int = 512
     batch: int = 4
     micro_batch: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.005
     norm_rate: float = 1e-3
     warmup: float = 0.05
     clip: float = 1.0
@@ -113,11 +115,7 @@ class HealSettings:
 
     def rate(self, step: int) -> float:
         """Returns the share of the full learning rate at a step: a straight rise, then a cosine down to a fiftieth."""
-        warm = max(1, round(self.warmup * self.steps))
-        if step < warm:
-            return (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+        return cosine(step, self.steps, self.warmup)
 
     def validates(self, step: int) -> bool:
         """True where the state after `step` steps is validated."""
