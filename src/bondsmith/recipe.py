@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Recipe:
         group: columns that share a scale in rounding to 4 bits and fewer.
         plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
         bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
+        channels: a plan may also drop hidden channels of MLPs (their hidden bond), refitting the matrix that reads them.
         metric: error that the networks minimise: frobenius, input (second moments of inputs) or loss (also of gradients).
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
         propagate: fit each matrix to the inputs that the already compressed layers before it produce.
@@ -66,6 +68,7 @@ class Recipe:
     group: int = 64
     plan: str | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    channels: bool = True
     metric: str = "loss"
     sites: str = "auto"
     propagate: bool = True
@@ -103,7 +106,7 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise RecipeError(f"{name}: {value!r} is not a number")
-        for name in ("propagate", "gauge", "uniform"):
+        for name in ("propagate", "gauge", "uniform", "channels"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}: {getattr(self, name)!r} is neither true nor false")
 
@@ -172,6 +175,10 @@ class Recipe:
                 raise RecipeError(f"bits: {bits!r} is not one of 16 (not rounded), 8, 4, 3, 2")
         if self.group < 8:
             raise RecipeError(f"group: {self.group} columns are too few to share a scale; 32, 64 and 128 are usual")
+
+    def spares(self, name: str) -> bool:
+        """Returns whether a matrix is to stay as it is."""
+        return any(fnmatch(name, pattern) for pattern in self.keep_dense)
 
     @property
     def planned(self) -> bool:

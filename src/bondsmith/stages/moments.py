@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, matrices, shape, trace_groups
+from bondsmith.model.blocks import (
+    BlockRunner,
+    Group,
+    HiddenBond,
+    capture_inputs,
+    find_hidden_bonds,
+    matrices,
+    shape,
+    trace_groups,
+)
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
@@ -181,8 +190,14 @@ def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:
 def load_input_moments(folder: Path, block: int) -> dict[str, Tensor]:
     """Returns `C` by matrix name inside the block, over the windows that gave the gradients; matrices with one input share it."""
     found = _load(folder, block, "input.")
-    groups: dict[str, str] = json.loads((folder / f"groups-{block}.json").read_text())
+    groups: dict[str, str] = json.loads((folder / f"structure-{block}.json").read_text())["inputs"]
     return {name: found[first] for name, first in groups.items()}
+
+
+def load_hidden_bonds(folder: Path, block: int) -> list[HiddenBond]:
+    """Returns the hidden bonds of a block, with names inside it."""
+    rows = json.loads((folder / f"structure-{block}.json").read_text())["bonds"]
+    return [HiddenBond(tuple(row["writers"]), row["reader"], row["channels"]) for row in rows]
 
 
 def _load(folder: Path, block: int, kind: str) -> dict[str, Tensor]:
@@ -241,7 +256,9 @@ def _block_moments(
     table = matrices(block)
     B = {name: Moment(shape(m)[0], device) for name, m in table.items()}
     with torch.no_grad():
-        groups = trace_groups(block, lambda: runner.block(k, ids[:1], streams[k].read(0, 1).to(device)))
+        first_window = streams[k].read(0, 1).to(device)
+        groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
+        bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
     C = [Moment(g.in_features, device) for g in groups]
     handles = [m.register_forward_hook(_watch_gradient(B[name])) for name, m in table.items()]
 
@@ -261,7 +278,8 @@ def _block_moments(
             handle.remove()
     found = {f"output.{name}": m.mean(name) for name, m in B.items() if m.seen}
     found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in zip(groups, C, strict=True) if m.seen}
-    write_json(folder / f"groups-{k}.json", {name: g.names[0] for g in groups for name in g.names})
+    inputs = {name: g.names[0] for g in groups for name in g.names}
+    write_json(folder / f"structure-{k}.json", {"inputs": inputs, "bonds": [asdict(b) for b in bonds]})
     write_shard(folder / f"block-{k}.safetensors", found)
 
 
