@@ -25,7 +25,8 @@ from bondsmith.recipe import Recipe
 from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.streams import Stream
-from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
+from bondsmith.tensor.fit import propagated_target, sequential_svd, whitened_cut
+from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.weighted import fit_mpo
 
@@ -318,7 +319,7 @@ def fit_matrix(
     try:
         target = W
         if C is not None and D is not None:
-            target = propagated_target(W, C + D, C, job.recipe.propagation_strength, job.recipe.damping)
+            target = propagated_target(W, D, C, job.recipe.propagation_strength, job.recipe.damping)
         mpo = _fit(target, plan, C, B, job.recipe)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
@@ -333,9 +334,7 @@ def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe
         return sequential_svd(W, plan.sites, plan.bonds)
     if not plan.sites.is_matrix_cut:
         return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=recipe.damping).mpo
-    rows_in = W.shape[0] > W.shape[1]
-    roots = {"input_root": moment_root(C, recipe.damping)} if rows_in else {"input_moment": C}
-    return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)
+    return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=recipe.damping)
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:

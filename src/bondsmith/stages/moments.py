@@ -6,6 +6,7 @@ Legend: `T` tokens, `I` in features, `O` out features. Hidden states stream from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
 
 _PANEL = 128  # narrower panels make slow products
+_MIRROR = 512  # rows mirrored at a time
 
 
 class Moment:
@@ -67,10 +69,13 @@ class Moment:
         """Returns the (features, features) mean; ModelError names the matrix if it is not finite or has seen no token."""
         if not self.seen:
             raise ModelError(f"{name}: no calibration token reached this matrix; calibrate on more or other text")
-        mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
         if self._lower:
-            mean = mean.tril() + mean.tril(-1).T
-        if not torch.isfinite(mean).all():
+            for first in range(0, len(self._sum), _MIRROR):  # in place: wide moments are what memory goes to
+                panel = slice(first, min(first + _MIRROR, len(self._sum)))
+                self._sum[panel, panel] = self._sum[panel, panel].tril() + self._sum[panel, panel].tril(-1).T
+                self._sum[panel, panel.stop :] = self._sum[panel.stop :, panel].T
+        mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
+        if not math.isfinite(float(mean.sum())) and not torch.isfinite(mean).all():
             raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
         return mean
 
