@@ -10,6 +10,7 @@ import bondsmith.model.hub  # noqa: F401  registers the quantizer, so that from_
 from bondsmith._version import __version__
 
 if TYPE_CHECKING:
+    from bondsmith.healing import Healed, heal
     from bondsmith.model.hub import load
     from bondsmith.model.source import ModelError
     from bondsmith.nn.linear import MPOLinear
@@ -19,15 +20,28 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Compressed": "bondsmith.pipeline",
+    "Healed": "bondsmith.healing",
     "MPOLinear": "bondsmith.nn.linear",
     "ModelError": "bondsmith.model.source",
     "Plan": "bondsmith.stages.plan",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
+    "heal": "bondsmith.healing",
     "load": "bondsmith.model.hub",
 }
 
-__all__ = ["Compressed", "MPOLinear", "ModelError", "Plan", "Recipe", "__version__", "compress", "load"]
+__all__ = [
+    "Compressed",
+    "Healed",
+    "MPOLinear",
+    "ModelError",
+    "Plan",
+    "Recipe",
+    "__version__",
+    "compress",
+    "heal",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

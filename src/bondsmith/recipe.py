@@ -53,6 +53,10 @@ class Recipe:
         evaluation: SPECs of evaluation text; a held-out part of the calibration text is used always.
         evaluation_windows: windows per evaluation text.
         damping: share of the mean eigenvalue added to every second moment.
+        blockwise: passes over the calibration windows that train each block's networks and norms, right after they are fitted; 0 for none.
+        blockwise_rate: how far a step moves a network's cores, as a share of their size.
+        blockwise_view: share of the loss on the original's inputs instead of those of the compressed blocks before, in [0, 1).
+        blockwise_ahead: original blocks after it through which the error is followed; each is in memory meanwhile.
         keep_dense: glob patterns of matrices that stay as they are, e.g. "*.layers.0.*".
         dtype: dtype of the saved weights; auto is the checkpoint's own (float32 for GGUF files).
         device: where to compute: auto, cpu, cuda, cuda:1, ...
@@ -80,6 +84,10 @@ class Recipe:
     evaluation: tuple[str, ...] = ()
     evaluation_windows: int = 8
     damping: float = 1e-3
+    blockwise: int = 0
+    blockwise_rate: float = 0.01
+    blockwise_view: float = 0.0
+    blockwise_ahead: int = 1
     keep_dense: tuple[str, ...] = field(default=())
     dtype: str = "auto"
     device: str = "auto"
@@ -98,11 +106,20 @@ class Recipe:
         self._check()
 
     def _check_types(self) -> None:
-        for name in ("tokens", "window", "evaluation_windows", "seed", "group"):
+        for name in ("tokens", "window", "evaluation_windows", "blockwise", "blockwise_ahead", "seed", "group"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise RecipeError(f"{name}: {value!r} is not a whole number")
-        for name in ("keep", "multiply_adds", "loss", "propagation_strength", "damping"):
+        numbers = (
+            "keep",
+            "multiply_adds",
+            "loss",
+            "propagation_strength",
+            "damping",
+            "blockwise_rate",
+            "blockwise_view",
+        )
+        for name in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise RecipeError(f"{name}: {value!r} is not a number")
@@ -132,6 +149,28 @@ class Recipe:
             raise RecipeError(f"propagation_strength: {self.propagation_strength} is not in [0, 1]")
         if not 0 < self.damping < 1:
             raise RecipeError(f"damping: {self.damping} is not in (0, 1)")
+        self._check_blockwise()
+
+    def _check_blockwise(self) -> None:
+        if self.blockwise < 0 or self.blockwise_ahead < 0:
+            raise RecipeError(
+                f"blockwise: {self.blockwise} passes, {self.blockwise_ahead} blocks ahead: neither may be negative"
+            )
+        if not self.blockwise:
+            return
+        if not self.propagate or not self.needs_moments:
+            raise RecipeError(
+                "blockwise: training a block needs what the compressed blocks before it produce: "
+                "set propagate to true and metric to input or loss"
+            )
+        if not 0 < self.blockwise_rate < 1:
+            raise RecipeError(f"blockwise_rate: {self.blockwise_rate} is not in (0, 1)")
+        if not 0 <= self.blockwise_view < 1:
+            raise RecipeError(f"blockwise_view: {self.blockwise_view} is not in [0, 1)")
+        if self.tokens < 2 * self.window:
+            raise RecipeError(
+                f"blockwise: {self.tokens} tokens are one window of {self.window}; one to train on and one held out are needed"
+            )
 
     def _check_budgets(self) -> None:
         if not self.planned and self.plan is None and len(self.grids) != 1:

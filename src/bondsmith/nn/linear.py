@@ -136,6 +136,14 @@ class MPOLinear(nn.Module):
         return fold(cores)
 
     @torch.no_grad()
+    def to_mpo(self) -> MPO:
+        """The network with all numbers of every core, detached; adapters are left out."""
+        cores = self._pivoted_cores() if self.pivots is not None else []
+        for k in range(len(cores), self.sites.n):
+            cores.append(weight_to_core(_stored(self.cores[k]), self._shapes[k], self._from_right))
+        return MPO(tuple(core.detach() for core in cores))
+
+    @torch.no_grad()
     def materialise(self) -> nn.Linear:
         """An ordinary `nn.Linear` with the same matrix and bias."""
         weight = self.to_matrix()
