@@ -47,6 +47,19 @@ def weight(matrix: nn.Module) -> Tensor:
     return _stored(matrix).T if isinstance(matrix, Conv1D) else _stored(matrix)
 
 
+@contextmanager
+def replaced_weight(matrix: nn.Module, new: Tensor) -> Iterator[None]:
+    """Has `new`, (out features, in features), as the weight of `matrix` meanwhile; modules that share the parameter see it too."""
+    parameter = matrix.weight
+    assert isinstance(parameter, nn.Parameter)
+    old = parameter.data
+    parameter.data = new.T.contiguous() if isinstance(matrix, Conv1D) else new
+    try:
+        yield
+    finally:
+        parameter.data = old
+
+
 def _stored(matrix: nn.Module) -> Tensor:
     stored = matrix.weight
     assert isinstance(stored, Tensor)
