@@ -5,6 +5,7 @@ Legend: `T` tokens, `I` in features, `O` out features. Hidden states stream from
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import BlockRunner, matrices, shape
-from bondsmith.model.checkpoint import write_shard
+from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, matrices, shape, trace_groups
+from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
 
@@ -73,6 +74,13 @@ def token_weights(hidden_TI: Tensor) -> Tensor:
     return 1 / hidden_TI.square().mean(-1).clamp_min(1e-12)
 
 
+def stream_weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None:
+    """Returns token weights for matrices that write into the residual stream, by the stream they write into; None for others."""
+    if not (group.writes and group.every_token):
+        return None
+    return token_weights((after if group.last else before).flatten(0, 1))
+
+
 def block_inputs(
     runner: BlockRunner,
     load: Callable[[int], nn.Module],
@@ -113,7 +121,7 @@ def output_moments(
     seed: int,
     advance: Callable[[], None],
 ) -> None:
-    """Writes `folder/block-K.safetensors` with `B` of every matrix of block K, last block first.
+    """Writes `folder/block-K.safetensors` with `B` and `C` of every matrix of block K, last block first.
 
     The loss is the cross entropy with labels sampled from the model's own distribution (the Fisher information), so no data label
     enters. Blocks that are written already are not computed again.
@@ -133,7 +141,7 @@ def output_moments(
         )
     for k in reversed(range(len(runner))):
         if not (folder / f"block-{k}.safetensors").is_file():
-            _block_moments(runner, load(k), k, ids, streams[k], gradients, folder, batch)
+            _block_moments(runner, load(k), k, ids, streams, gradients, folder, batch)
         gradients[k + 1].remove()
         advance()
     gradients[0].remove()
@@ -141,7 +149,19 @@ def output_moments(
 
 def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:
     """Returns `B` by matrix name inside the block."""
-    return load_file(folder / f"block-{block}.safetensors")
+    return _load(folder, block, "output.")
+
+
+def load_input_moments(folder: Path, block: int) -> dict[str, Tensor]:
+    """Returns `C` by matrix name inside the block, over the windows that gave the gradients; matrices with one input share it."""
+    found = _load(folder, block, "input.")
+    groups: dict[str, str] = json.loads((folder / f"groups-{block}.json").read_text())
+    return {name: found[first] for name, first in groups.items()}
+
+
+def _load(folder: Path, block: int, kind: str) -> dict[str, Tensor]:
+    tensors = load_file(folder / f"block-{block}.safetensors")
+    return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
 
 
 def _head_gradient(runner: BlockRunner, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -161,19 +181,26 @@ def _block_moments(
     block: nn.Module,
     k: int,
     ids: Tensor,
-    stream: Stream,
+    streams: Sequence[Stream],
     gradients: list[Stream],
     folder: Path,
     batch: int,
 ) -> None:
+    device = block_device(block)
     table = matrices(block)
-    moments = {name: Moment(shape(m)[0], block_device(m)) for name, m in table.items()}
-    handles = [m.register_forward_hook(_watch_gradient(moments[name])) for name, m in table.items()]
+    B = {name: Moment(shape(m)[0], device) for name, m in table.items()}
+    with torch.no_grad():
+        groups = trace_groups(block, lambda: runner.block(k, ids[:1], streams[k].read(0, 1).to(device)))
+    C = [Moment(g.in_features, device) for g in groups]
+    handles = [m.register_forward_hook(_watch_gradient(B[name])) for name, m in table.items()]
 
     def back() -> Iterator[Tensor]:
         for first in range(0, len(ids), batch):
-            leaf = stream.read(first, batch).to(block_device(block)).requires_grad_()
-            out = runner.block(k, ids[first : first + batch], leaf)
+            leaf = streams[k].read(first, batch).to(device).requires_grad_()
+            with capture_inputs(block, groups) as seen:
+                out = runner.block(k, ids[first : first + batch], leaf)
+            for position, rows in seen.items():
+                C[position].add(rows, stream_weights(groups[position], leaf.detach(), out.detach()))
             yield torch.autograd.grad(out, leaf, gradients[k + 1].read(first, batch).to(out.device))[0]
 
     try:
@@ -181,8 +208,10 @@ def _block_moments(
     finally:
         for handle in handles:
             handle.remove()
-    seen = {name: m.mean(name) for name, m in moments.items() if m.seen}
-    write_shard(folder / f"block-{k}.safetensors", seen)
+    found = {f"output.{name}": m.mean(name) for name, m in B.items() if m.seen}
+    found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in zip(groups, C, strict=True) if m.seen}
+    write_json(folder / f"groups-{k}.json", {name: g.names[0] for g in groups for name in g.names})
+    write_shard(folder / f"block-{k}.safetensors", found)
 
 
 def _watch_gradient(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -3,6 +3,7 @@
 from bondsmith.tensor import algebra
 from bondsmith.tensor.fit import (
     Root,
+    cut_spectrum,
     moment_root,
     propagated_target,
     relative_error,
@@ -22,6 +23,7 @@ __all__ = [
     "Sites",
     "algebra",
     "candidate_sites",
+    "cut_spectrum",
     "fit_mpo",
     "moment_root",
     "parse_sites",
