@@ -17,6 +17,7 @@ LEVELS = {
     "rundir": 3,
     "scoring": 4,
     "pipeline": 4,
+    "profiling": 4,
     "cli": 5,
 }
 HOME = "bondsmith"

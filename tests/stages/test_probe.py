@@ -152,3 +152,36 @@ def test_bad_probes_are_named_before_work(tmp_path: Path, monkeypatch: pytest.Mo
             measure_probes(source, runner, IDS, [Probe(name, halve), probe], tmp_path / "work")
     with pytest.raises(ModelError, match="two tokens"):
         measure_probes(source, runner, IDS[:, :1], [Probe(name, halve)], tmp_path / "work")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_that_resumes_is_the_whole_pass(family: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", family)
+    runner = BlockRunner(model)
+    ran: list[int] = []
+    for k, block in enumerate(runner.blocks):
+        block.register_forward_hook(lambda *_, k=k: ran.append(k))
+    name, matrix = next(iter(matrices(runner.blocks[2]).items()))
+
+    def logits(ids: Tensor) -> Tensor:
+        ran.clear()
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False).logits
+
+    others = IDS[:2] + 1
+    plain, plain_others = logits(IDS), logits(others)
+    with replaced_weight(matrix, halve(weight(matrix))):
+        wanted = logits(IDS)
+    with runner.resuming(2, tmp_path):
+        assert torch.equal(logits(IDS), plain)
+        assert ran == [0, 1, 2]
+        assert torch.equal(logits(others), plain_others)
+        assert torch.allclose(logits(IDS), plain, atol=1e-6)
+        assert ran == [2]
+        with replaced_weight(matrix, halve(weight(matrix))):
+            assert torch.allclose(logits(IDS), wanted, atol=1e-6), name
+        assert torch.allclose(logits(others), plain_others, atol=1e-6)
+        greedy = model.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert torch.equal(greedy, model.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None))
+    assert torch.equal(logits(IDS), plain)
+    assert not list(tmp_path.glob("*.pt"))
