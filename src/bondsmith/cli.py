@@ -194,6 +194,35 @@ def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | Non
         raise typer.BadParameter(f"{text!r} is not a list of numbers like 1,5,9", param_hint=option) from error
 
 
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub id, .gguf file or directory; a config.json alone will do.")],
+    keep: Annotated[float | None, typer.Option(help="Share of the matrices' parameters to keep, e.g. 0.8.")] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", help="Size instead: share of 4 bytes a parameter (0.07) or 38MB.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the saved weights: auto, float32, float16, bfloat16.")] = None,
+    sites: Annotated[str | None, typer.Option(help="As of compress.")] = None,
+    metric: Annotated[str | None, typer.Option(help="frobenius, input or loss (the default).")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress; self needs the whole model.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768).")] = None,
+    keep_dense: Annotated[list[str] | None, typer.Option(help="Matrices to leave alone. Repeatable.")] = None,
+    no_gauge: Annotated[bool, typer.Option("--no-gauge", help="Store full cores.")] = False,
+    no_propagate: Annotated[bool, typer.Option("--no-propagate", help="Calibrate on the original's inputs.")] = False,
+) -> None:
+    """Show what compressing MODEL would give and take, from its configuration alone: sizes, memory, disk and time."""
+    from bondsmith.model.facts import read_facts
+    from bondsmith.recipe import Recipe
+    from bondsmith.stages import estimate as stage
+
+    given: dict[str, Any] = {"keep": keep, "bytes": bytes_, "dtype": dtype, "sites": sites, "metric": metric}
+    given |= {"calibration": calibration, "tokens": tokens, "keep_dense": keep_dense}
+    given |= {"gauge": False if no_gauge else None, "propagate": False if no_propagate else None}
+    settings = Recipe.from_settings({name: value for name, value in given.items() if value not in (None, [])})
+    for table in stage.estimate(read_facts(model), settings, stage.measure_speed()).tables():
+        out.print(table)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed directory, or any model that transformers opens.")],

@@ -163,18 +163,21 @@ def _level(value: float, edges: Sequence[float]) -> int:
 
 
 def _edges(values: Sequence[float]) -> list[float]:
-    """The edges of at most `SHADES` steps: 1, 3, 10, ... where values span decades, else 1, 2 or 5 of a power of ten apart."""
+    """The edges of at most `SHADES` steps: 1, 2, 5, 10, ... or coarser where values span more than a factor of ten, else equal steps."""
     positive = [v for v in values if v > 0]
     if not positive:
         return [0.0, 1.0]
     top = max(positive)
     bottom = max(min(positive), top * 10.0**-_DECADES)
+    if top <= bottom:
+        return [0.0, _step(top, 1)]
     if len(positive) == len(values) and top <= 10 * bottom:
-        step = _step(top - bottom or top, SHADES - 2)
+        step = _step(top - bottom, SHADES - 2)
         first = math.floor(bottom / step + 1e-9)
-        return [step * i for i in range(first, math.ceil(top / step - 1e-9) + 1)] if top > bottom else [0.0, step]
-    half = math.log10(top / bottom) * 2 <= SHADES - 2
-    marks = [m * 10.0**e for e in range(math.floor(math.log10(bottom)) - 1, 12) for m in ((1, 3) if half else (1,))]
+        return [step * i for i in range(first, math.ceil(top / step - 1e-9) + 1)]
+    decades = math.log10(top / bottom)
+    steps = next((m for m in ((1, 2, 5), (1, 3)) if decades * len(m) <= SHADES - 2), (1,))
+    marks = [m * 10.0**e for e in range(math.floor(math.log10(bottom)) - 1, 12) for m in steps]
     first = max(i for i, m in enumerate(marks) if m <= bottom * (1 + 1e-9))
     last = min(i for i, m in enumerate(marks) if m >= top * (1 - 1e-9))
     return marks[max(first, last - SHADES) : last + 1]

@@ -138,16 +138,11 @@ def _spectrum_panel(
             spots = torch.linspace(0, len(values) - 1, min(len(values), 80)).round().long().unique()
             points = tuple(Point((int(i) + 1) / len(values), float(values[i])) for i in spots)
             lines.append(Line(f"block {block}", round(9 * (block or 0) / max(1, deepest)), points))
-    y = axis("singular value, of the largest", [p.y for line in lines for p in line.points], log=True)
-    return Panel(label, tuple(lines), _SHARE_OF_RANK, Axis(y.label, max(y.low, 1e-4), 1.0, True, _decades(y.low)))
-
-
-def _decades(low: float) -> tuple[tuple[float, str], ...]:
-    ends = {1.0: "1", 0.1: "0.1", 0.01: "0.01", 1e-3: "0.001", 1e-4: "10⁻⁴"}
-    return tuple((v, text) for v, text in ends.items() if v >= max(low, 1e-4) * (1 - 1e-9))
+    return Panel(label, tuple(lines), _SHARE_OF_RANK, _SIZE)
 
 
 _SHARE_OF_RANK = axis("place of the singular value, of all", [0.0, 1.0])
+_SIZE = axis("singular value, of the largest", [1e-3, 1.0], log=True)  # one scale in all panels; less does not matter
 
 
 def _entropies(
