@@ -146,7 +146,8 @@ def profile_layers(
     before = _find(out, resume, overwrite)
     run = _Run(str(model), out, settings, progress)
     done = run.all(before, command or f"bondsmith.profiling.profile_layers({str(model)!r}, {str(out)!r}, ...)")
-    write_page(out / PAGE, f"{done.model}: layer profile", layer_sections(done), _notes(done))
+    shown = Path(done.model).name if Path(done.model).exists() else done.model
+    write_page(out / PAGE, f"{shown}: layer profile", layer_sections(done), _notes(done))
     shutil.rmtree(out / WORK, ignore_errors=True)
     return done
 

@@ -217,12 +217,12 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _tick(value: float) -> str:
-    """A tick's text: plain from 0.001 to 99,999, else a power of ten.
+    """A tick's text: plain from 0.0001 to 99,999, else a power of ten.
 
     >>> _tick(0.25), _tick(3e-5), _tick(4096.0)
     ('0.25', '3·10⁻⁵', '4,096')
     """
-    if value == 0 or 1e-3 <= abs(value) * (1 + 1e-9) < 1e5:
+    if value == 0 or 1e-4 <= abs(value) * (1 + 1e-9) < 1e5:
         return f"{value:,.6g}"
     exponent = math.floor(math.log10(abs(value)) + 1e-9)
     mantissa = f"{value / 10.0**exponent:.3g}"

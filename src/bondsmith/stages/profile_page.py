@@ -199,6 +199,7 @@ def _panels(
     label, read, log, rule, short = figure
     rule = profile.baseline["perplexity"] if rule == -1.0 else rule
     values = [value[0] for p in profile.points if (value := read(p)) is not None]
+    log = log and max(values, default=1.0) > 5 * min(values, default=1.0)
     y = axis(label, [*values, *([rule] if rule is not None else [])], log=log)
     kinds = short_labels(place(p.plan.name)[1] for p in profile.points)
     tones = {kind: i % TONES for i, kind in enumerate(kinds)}
