@@ -13,10 +13,11 @@ import torch
 from conftest import FAMILIES, save_tiny, tiny_config
 
 import bondsmith
-from bondsmith import cli
+from bondsmith import cli, run
 from bondsmith.model.facts import read_facts
 from bondsmith.model.source import ModelError
-from bondsmith.recipe import Recipe
+from bondsmith.recipe import Recipe, RecipeError
+from bondsmith.stages import estimate as stage
 from bondsmith.stages.estimate import Speed, estimate, measure_speed, smallest_plan
 from bondsmith.stages.plan import PlanError
 
@@ -47,7 +48,7 @@ def test_sizes_are_those_of_a_compression(family: str, text: Path, tmp_path: Pat
     model = save_tiny(tmp_path / "model", family)
     found = estimate(read_facts(tmp_path / "model"), Recipe(keep=0.6))
     shared = {"calibration": [str(text)], "tokens": 1024, "window": 32, "evaluate": False}
-    done = bondsmith.compress(tmp_path / "model", tmp_path / "out", keep=0.6, **shared)
+    done = bondsmith.compress(tmp_path / "model", tmp_path / "out", keep=0.6, uniform=True, **shared)
     before, after = done.results["size"]["original"], done.results["size"]["compressed"]
     assert found.facts.parameters == before["parameters"] == model.num_parameters()
     assert found.facts.stored_bytes == before["bytes"]
@@ -97,21 +98,31 @@ def test_needs_grow_with_what_makes_them(large: Path) -> None:
 def test_budgets_out_of_reach_say_what_holds_them_up(large: Path, original: Path) -> None:
     facts = read_facts(large)
     with pytest.raises(PlanError) as error:
-        estimate(facts, Recipe(bytes="2GB"))
+        estimate(facts, Recipe(bytes="2GB", bits=16))
     said = str(error.value)
-    least = smallest_plan(facts, Recipe(keep=0.5))[0].bytes(2)
+    least = smallest_plan(facts, Recipe(bytes="2GB", bits=16))[0].bytes(2)
     assert f"{least / 1e9:.2f} GB" in said
     assert "bytes: 2GB is 2.00 GB" in said
     assert "model.embed_tokens 2.10 GB, lm_head 2.10 GB" in said
-    estimate(facts, Recipe(bytes=f"{int(1.001 * least)}b"))
+    estimate(facts, Recipe(bytes=f"{int(1.001 * least)}b", bits=16))
     with pytest.raises(
         PlanError, match=r"keep: 0.0001, but .* At keep 0\.00.* model\.layers\.0\.self_attn\.k_proj is down to bond 1"
     ):
         estimate(facts, Recipe(keep=0.0001))
     with pytest.raises(PlanError, match=r"matrices kept dense .* GB"):
-        estimate(facts, Recipe(bytes="2GB", keep_dense=("*.mlp.*",)))
-    with pytest.raises(PlanError, match=r"float32 .*--dtype float16"):
+        estimate(facts, Recipe(bytes="2GB", bits=16, keep_dense=("*.mlp.*",)))
+    with pytest.raises(PlanError, match=r"the smallest size in 2 bits is .* give a larger budget$"):
         estimate(read_facts(original), Recipe(bytes="0.01"))
+    with pytest.raises(RecipeError, match="keep or bytes"):
+        estimate(facts, Recipe(loss=0.1))
+    small = estimate(facts, Recipe(bytes="0.1"))
+    assert small.bits == 3
+    assert small.bytes <= 0.1 * 4 * facts.parameters
+    assert "to 3 bits" in str(small)
+
+
+def test_gradients_take_the_tokens_that_a_run_gives_them() -> None:
+    assert (run.FISHER_LEAST, run.FISHER_SHARE) == (stage.GRADIENT_LEAST, stage.GRADIENT_SHARE)
 
 
 def test_models_that_are_none(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class Facts:
         name: what the user called it.
         architecture: class name.
         shapes: matrix name -> (block, out features, in features), in depth order.
-        tables: embedding, and head where it is not tied, by name: parameters.
+        tables: embedding, and head where it is not tied: name -> (rows, columns).
         other_parameters: stored scalars outside the matrices: tables, norms, biases.
         head: parameters of the head, tied or not.
         cache_per_token: keys and values that one token adds, scalars; None where the model does not tell.
@@ -39,7 +39,7 @@ class Facts:
     name: str
     architecture: str
     shapes: Mapping[str, tuple[int, int, int]]
-    tables: Mapping[str, int]
+    tables: Mapping[str, tuple[int, int]]
     other_parameters: int
     head: int
     cache_per_token: int | None
@@ -110,7 +110,7 @@ def _describe(name: str, path: Path, config: Any) -> Facts:
         end: modules[end] for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end in modules
     }
     stored = set(stored_names(model))
-    tables = {n: end.weight.numel() for end, n in ends.items() if f"{n}.weight" in stored}
+    tables = {n: tuple(end.weight.shape) for end, n in ends.items() if f"{n}.weight" in stored}
     dtype, size, known_from = _weights(name, path, declared, total)
     text = config.get_text_config()
     return Facts(

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from bondsmith.data import SELF
 from bondsmith.model.facts import Facts
-from bondsmith.recipe import Recipe, RecipeError, parse_bytes
+from bondsmith.recipe import UNROUNDED, Recipe, RecipeError, parse_bytes
 from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, uniform_plan
 from bondsmith.stages.wording import count, duration, number, size
 from bondsmith.tensor.sites import parse_sites
@@ -60,7 +60,7 @@ class Estimate:
     """Sizes before and after, and what it takes.
 
     >>> shapes = {"blocks.0.up": (0, 64, 32), "blocks.0.down": (0, 32, 64)}
-    >>> facts = Facts("tiny", "Tiny", shapes, {"embed": 3200}, 3300, 3200, 64, 32, 100, torch.float16, 14792, "its configuration")
+    >>> facts = Facts("tiny", "Tiny", shapes, {"embed": (100, 32)}, 3300, 3200, 64, 32, 100, torch.float16, 14792, "its configuration")
     >>> found = estimate(facts, Recipe(keep=0.5))
     >>> found.plan.parameters, found.multiply_adds
     (5316, (7296, 5216))
@@ -70,6 +70,7 @@ class Estimate:
     recipe: Recipe
     dtype: torch.dtype
     plan: Plan
+    bits: int
     needs: Needs
 
     @property
@@ -98,7 +99,11 @@ class Estimate:
             caption_justify="left",
         )
         table.add_column("")
-        for heading in ("original", f"keep {p.keep:.3f}", "change"):
+        for heading in (
+            "original",
+            f"keep {p.keep:.3f}" + (f", {self.bits} bits" if self.bits != UNROUNDED else ""),
+            "change",
+        ):
             table.add_column(heading, justify="right", no_wrap=True)
 
         def row(label: str, before: float, after: float, say: Callable[[float], str]) -> None:
@@ -106,17 +111,20 @@ class Estimate:
 
         row("parameters", f.parameters, p.parameters, count)
         row("parameters of the matrices", f.matrix_parameters, p.parameters - p.other_parameters, count)
-        for name, parameters in f.tables.items():
-            row(f"parameters of {name}", parameters, parameters, count)
-        row("bytes in float32", 4 * f.parameters, p.bytes(4), size)
-        row("bytes in float16", 2 * f.parameters, p.bytes(2), size)
+        for name, (rows, columns) in f.tables.items():
+            row(f"parameters of {name}", rows * columns, rows * columns, count)
+        if self.bits == UNROUNDED:
+            row("bytes in float32", 4 * f.parameters, p.bytes(4), size)
+            row("bytes in float16", 2 * f.parameters, p.bytes(2), size)
+        else:
+            saved = f"{self.bits} bits"
         row(f"bytes, checkpoint ({own}) to {saved}", f.stored_bytes, self.bytes, size)
-        if self.dtype.itemsize != 4:
+        if self.bits != UNROUNDED or self.dtype.itemsize != 4:
             row(f"bytes, 4 a parameter to {saved}", 4 * f.parameters, self.bytes, size)
         row("multiply-adds a token", *self.multiply_adds, count)
         if f.cache_per_token is not None:
             cache = 1000 * f.cache_per_token * self.dtype.itemsize
-            row(f"keys and values of 1,000 tokens ({saved})", cache, cache, size)
+            row(f"keys and values of 1,000 tokens ({str(self.dtype).removeprefix('torch.')})", cache, cache, size)
         return table
 
     def _needs(self) -> Table:
@@ -153,27 +161,56 @@ class Estimate:
 
 
 def estimate(facts: Facts, recipe: Recipe, speed: Speed | None = None) -> Estimate:
-    """Returns sizes and needs of compressing a model by a recipe, every matrix alike.
+    """Returns sizes and needs of compressing a model by a recipe, all matrices alike.
+
+    A planner may spend the same budget better, matrix by matrix; that needs the weights. Where a size is given and several bit widths
+    are allowed, the widest at which at least `MOSTLY` of the parameters stay is taken, or else the one at which most stay.
 
     Args:
         speed: rates of the machine, from `measure_speed`; without them no time is estimated.
 
     Raises:
         PlanError: the budget cannot be met; says the smallest size that can, and what holds it up.
+        RecipeError: the budget is a predicted loss, which needs the weights.
     """
+    if recipe.keep is None and recipe.bytes is None:
+        raise RecipeError("an estimate takes keep or bytes: what other budgets lead to is decided by the weights")
     dtype = facts.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    try:
-        plan = uniform_plan(facts.shapes, facts.other_parameters, recipe, dtype.itemsize)
-    except RecipeError:
-        raise
-    except PlanError as error:
-        raise PlanError(_out_of_reach(facts, recipe, dtype, error)) from error
+    plan, bits = _alike(facts, recipe, dtype)
     needs = Needs(_memory(facts, recipe), _disk(facts, recipe, plan, dtype), _seconds(facts, recipe, plan, speed))
-    return Estimate(facts, recipe, dtype, plan, needs)
+    return Estimate(facts, recipe, dtype, plan, bits, needs)
+
+
+MOSTLY = 0.75
+
+
+def _alike(facts: Facts, recipe: Recipe, dtype: torch.dtype) -> tuple[Plan, int]:
+    """Returns the plan in which all matrices are alike, and its bits (16: not rounded)."""
+    found: list[tuple[Plan, int]] = []
+    failed: PlanError | None = None
+    for grid in recipe.grids:
+        bits = grid.bits if grid else UNROUNDED
+        own = recipe.changed(uniform=True, bits=(bits,), multiply_adds=None, loss=None)
+        try:
+            plan = uniform_plan(facts.shapes, facts.other_parameters, own, dtype.itemsize, _tables(facts))
+        except PlanError as error:
+            failed = error
+            continue
+        found.append((plan, bits))
+        if plan.keep >= MOSTLY:
+            break
+    if not found:
+        assert failed is not None
+        raise PlanError(_out_of_reach(facts, recipe, dtype, failed)) from failed
+    return max(found, key=lambda pair: pair[0].keep)
+
+
+def _tables(facts: Facts) -> tuple[MatrixPlan, ...]:
+    return tuple(MatrixPlan(name, -1, *shape) for name, shape in facts.tables.items())
 
 
 def smallest_plan(facts: Facts, recipe: Recipe) -> tuple[Plan, str]:
-    """Returns the smallest plan in which every matrix keeps the same share, and the matrix that forbids a smaller one, at bond 1."""
+    """Returns the smallest plan in which all matrices are alike, and the matrix that forbids a smaller one, at bond 1."""
     least = {}
     for name, (_, rows, columns) in facts.shapes.items():
         if not any(fnmatch(name, pattern) for pattern in recipe.keep_dense):
@@ -181,8 +218,11 @@ def smallest_plan(facts: Facts, recipe: Recipe) -> tuple[Plan, str]:
             stored = sites.parameters(sites.clip(1), recipe.gauge and sites.is_matrix_cut)
             least[name] = min(1.0, (stored + 0.5) / (rows * columns))
     name = max(least, key=lambda n: least[n], default="")
-    recipe = recipe.changed(keep=least.get(name, 1.0), bytes=None)
-    return uniform_plan(facts.shapes, facts.other_parameters, recipe, 2), name
+    bits = min(grid.bits if grid else UNROUNDED for grid in recipe.grids)
+    own = recipe.changed(
+        keep=least.get(name, 1.0), bytes=None, uniform=True, bits=(bits,), multiply_adds=None, loss=None
+    )
+    return uniform_plan(facts.shapes, facts.other_parameters, own, 2, _tables(facts)), name
 
 
 def _out_of_reach(facts: Facts, recipe: Recipe, dtype: torch.dtype, error: PlanError) -> str:
@@ -191,22 +231,24 @@ def _out_of_reach(facts: Facts, recipe: Recipe, dtype: torch.dtype, error: PlanE
         least, tightest = smallest_plan(facts, recipe)
     except ValueError:  # the sites do not fit a matrix: the error says which
         return str(error)
-    name, bytes_each = str(dtype).removeprefix("torch."), dtype.itemsize
+    each = dtype.itemsize
     asked = f"keep: {recipe.keep}"
     if recipe.bytes is not None:
         asked = f"bytes: {recipe.bytes} is {size(parse_bytes(recipe.bytes, facts.parameters))}"
-    stays = {n: p * bytes_each for n, p in facts.tables.items()}
-    stays["norms and biases"] = (facts.other_parameters - sum(facts.tables.values())) * bytes_each
-    stays["networks"] = sum(m.parameters for m in least.matrices if m.sites is not None) * bytes_each
-    stays["matrices kept dense"] = sum(m.parameters for m in least.matrices if m.sites is None) * bytes_each
-    total = least.bytes(bytes_each)
-    stays["headers and orders of rows"] = total - sum(stays.values())
+    grid = next((m.grid for m in least.matrices if m.grid), None)
+    stored = str(dtype).removeprefix("torch.") if grid is None else f"{grid.bits} bits"
+    stays = {m.name: m.bytes(each) for m in (least.tables or _tables(facts))}
+    stays["norms and biases"] = (facts.other_parameters - sum(r * c for r, c in facts.tables.values())) * each
+    stays["networks"] = sum(m.bytes(each) for m in least.matrices if m.sites is not None)
+    stays["matrices kept dense"] = sum(m.bytes(each) for m in least.matrices if m.sites is None)
     parts = ", ".join(f"{n} {size(v)}" for n, v in sorted(stays.items(), key=lambda kv: -kv[1]) if v)
+    total = least.bytes(each)
     share = total / (4 * facts.parameters)
-    text = f"{asked}, but the smallest size in {name} is {size(total)} ({share:.4f} of 4 bytes a parameter): {parts}"
+    text = f"{asked}, but the smallest size in {stored} is {size(total)} ({share:.4f} of 4 bytes a parameter): {parts}"
     if tightest:
         text += f". At keep {least.keep:.4f} {tightest} is down to bond 1"
-    return text + ("; give a larger budget" if bytes_each < 4 else "; give a larger budget or --dtype float16")
+    looser = " or fewer bits" if grid is None or grid.bits > 2 else ""
+    return f"{text}; give a larger budget{looser}"
 
 
 def _gradient_tokens(recipe: Recipe) -> int:
@@ -219,7 +261,11 @@ def _gradient_tokens(recipe: Recipe) -> int:
 def _memory(facts: Facts, recipe: Recipe) -> dict[str, float]:
     """Returns the bytes in memory at the peak, by what they are."""
     largest = max(sum(o * i for o, i in facts.block(k)) for k in range(facts.blocks))
-    found = {"process": _PROCESS, "embedding and head": 4.0 * sum(facts.tables.values()), "two blocks": 8.0 * largest}
+    found = {
+        "process": _PROCESS,
+        "embedding and head": 4.0 * sum(r * c for r, c in facts.tables.values()),
+        "two blocks": 8.0 * largest,
+    }
     if not recipe.needs_moments:
         return found | {"fit": max(24.0 * o * i for _, o, i in facts.shapes.values())}
     rows = [o * i for _, o, i in facts.shapes.values()], [i * i for _, _, i in facts.shapes.values()]
@@ -273,6 +319,8 @@ def _seconds(facts: Facts, recipe: Recipe, plan: Plan, speed: Speed | None) -> d
         moments = sum(_groups(facts.block(0))) * facts.blocks * (1.6 if recipe.propagate else 0.6)
         passes = 2.5 if recipe.propagate else 1.0
         found["passes and moments"] = recipe.tokens * (passes * inside * _FORWARD + 1.3 * moments) / speed.single
+    if recipe.planned:
+        found["profile"] = sum(_fit_seconds(m, recipe.changed(propagate=False), speed) for m in plan.matrices)
     found["networks"] = sum(_fit_seconds(m, recipe, speed) for m in plan.matrices if m.sites is not None)
     return found
 
@@ -283,7 +331,7 @@ def _fit_seconds(matrix: MatrixPlan, recipe: Recipe, speed: Speed) -> float:
     roots = {"frobenius": 1, "input": 1 + (rows > columns), "loss": 2}[recipe.metric]
     products = rows * columns * (2 * n + (columns if recipe.needs_moments else 0))
     solve = columns**2 * (rows + columns) if recipe.needs_moments and recipe.propagate else 0
-    many = 1 if matrix.sites is not None and matrix.sites.is_matrix_cut else 6
+    many = 1 if matrix.sites is None or matrix.sites.is_matrix_cut else 6
     return many * (roots * speed.eigh * (n / 1024) ** 3 + (products + solve) / speed.double)
 
 

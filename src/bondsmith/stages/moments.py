@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -134,17 +135,42 @@ def output_moments(
     folder.mkdir(parents=True, exist_ok=True)
     gradients = [Stream(folder / f"gradient-{k}", s.shape) for k, s in enumerate(streams)]
     if not gradients[-1].complete and not (folder / "block-0.safetensors").is_file():
-        generator = torch.Generator().manual_seed(seed)
-        hidden = streams[-1]
-        gradients[-1].write(
-            _head_gradient(runner, ids[f : f + 1], hidden.read(f, 1).to(ids.device), generator) for f in range(len(ids))
-        )
+        gradients[-1].write(_head_gradients(runner, ids, streams[-1], folder, seed))
     for k in reversed(range(len(runner))):
         if not (folder / f"block-{k}.safetensors").is_file():
             _block_moments(runner, load(k), k, ids, streams, gradients, folder, batch)
         gradients[k + 1].remove()
         advance()
-    gradients[0].remove()
+    if gradients[0].complete:
+        entering = Moment(gradients[0].shape[-1])
+        for first in range(0, len(ids), batch):
+            entering.add(gradients[0].read(first, batch).flatten(0, 1))
+        write_shard(folder / "embedding.safetensors", {"gradient": entering.mean("the gradient at the embedding")})
+        gradients[0].remove()
+
+
+@dataclass(frozen=True, eq=False)
+class TableMoments:
+    """What the embedding and the head see; `V` vocabulary, `width` of the hidden states.
+
+    Attributes:
+        head_input: second moment of the head's input, (width, width).
+        head_weight: mean probability `E[p (1 - p)]` of every token, (V,): how much an error of its logit counts.
+        embedding_gradient: second moment of the loss gradient at the embedding's output, (width, width).
+        embedding_weight: share of the positions that hold each token, (V,).
+    """
+
+    head_input: Tensor
+    head_weight: Tensor
+    embedding_gradient: Tensor
+    embedding_weight: Tensor
+
+
+def load_table_moments(folder: Path, ids: Tensor) -> TableMoments:
+    """Returns what embedding and head see, over the windows `ids` that gave the gradients."""
+    head, embedding = load_file(folder / "head.safetensors"), load_file(folder / "embedding.safetensors")
+    shares = torch.bincount(ids.flatten().cpu(), minlength=len(head["weight"])).float() / ids.numel()
+    return TableMoments(head["input"], head["weight"], embedding["gradient"], shares)
 
 
 def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:
@@ -164,16 +190,41 @@ def _load(folder: Path, block: int, kind: str) -> dict[str, Tensor]:
     return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
 
 
-def _head_gradient(runner: BlockRunner, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    leaf = hidden.requires_grad_()
+def _head_gradients(runner: BlockRunner, ids: Tensor, hidden: Stream, folder: Path, seed: int) -> Iterator[Tensor]:
+    """Yields the gradient at the last hidden states, window by window; at the end writes the moments of the head."""
+    generator = torch.Generator().manual_seed(seed)
+    head = runner.model.get_output_embeddings()
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    C: Moment | None = None
+    weight: Tensor | None = None
+    try:
+        for first in range(len(ids)):
+            leaf = hidden.read(first, 1).to(ids.device).requires_grad_()
+            gradient, spread = _head_gradient(runner, ids[first : first + 1], leaf, generator)
+            rows = seen.pop()
+            C = C or Moment(rows.shape[-1], rows.device)
+            C.add(rows)
+            weight = spread if weight is None else weight + spread
+            yield gradient
+    finally:
+        handle.remove()
+    assert C is not None
+    assert weight is not None
+    write_shard(folder / "head.safetensors", {"input": C.mean("the head"), "weight": weight / ids.numel()})
+
+
+def _head_gradient(runner: BlockRunner, ids: Tensor, leaf: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns the gradient at `leaf`, and the sum of `p (1 - p)` over the tokens, (V,)."""
     logits = runner.logits(ids, leaf).flatten(0, 1).float()
     draws = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    with (
-        torch.no_grad()
-    ):  # inverse of the cumulative distribution: one uniform number a token, the same on every device
-        labels = (logits.softmax(-1).cumsum(-1) < draws).sum(-1).clamp_max(logits.shape[-1] - 1)
+    with torch.no_grad():
+        # inverse of the cumulative distribution: one uniform number a token, the same on every device
+        p = logits.softmax(-1)
+        labels = (p.cumsum(-1) < draws).sum(-1).clamp_max(logits.shape[-1] - 1)
+        spread = (p * (1 - p)).sum(0)
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.autograd.grad(loss, leaf)[0]
+    return torch.autograd.grad(loss, leaf)[0], spread
 
 
 def _block_moments(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_FULL = 1 - 2e-6  # HiGHS takes a budget as met when it is passed by a millionth
 Amounts = Mapping[str, NDArray[np.float64]]
 
 
@@ -78,11 +79,10 @@ def _undominated(item: Amounts, quantities: set[str]) -> NDArray[np.int64]:
     """Returns the candidates that no other one beats in all `quantities` (of equal ones the first)."""
     values = np.stack([item[q] for q in sorted(quantities)], 1)
     order = np.lexsort(values.T[::-1])
-    kept: list[int] = []
-    for index in order:
-        if not any((values[other] <= values[index]).all() for other in kept):
-            kept.append(int(index))
-    return np.array(sorted(kept))
+    values = values[order]
+    beats = (values[:, None] <= values[None]).all(-1)
+    first = np.triu(beats, 1).any(0)
+    return np.sort(order[~first])
 
 
 def _solve(
@@ -101,7 +101,9 @@ def _solve(
     room = max(1e-3 * abs(bound), 1e-12)
     while True:
         near = np.flatnonzero(reduced <= room)
-        picked, value = _branch_and_bound(cost[near] / scale, amounts[:, near], owners[near], len(items), gap, seconds)
+        picked, value, proved = _branch_and_bound(
+            cost[near] / scale, amounts[:, near], owners[near], len(items), gap, seconds
+        )
         if picked is not None and (value <= bound + room or len(near) == len(cost)):
             break
         if len(near) == len(cost):
@@ -109,7 +111,8 @@ def _solve(
         room *= 10
     firsts = np.concatenate([[0], np.cumsum([len(item[minimise]) for item in items])])
     chosen = near[picked]
-    return [int(c - firsts[owners[c]]) for c in chosen], max(0.0, (value - bound) / max(abs(value), 1e-300))
+    proved = max(bound, min(proved, bound + room if len(near) < len(cost) else np.inf))
+    return [int(c - firsts[owners[c]]) for c in chosen], max(0.0, (value - proved) / max(abs(value), 1e-300))
 
 
 def _relax(
@@ -126,7 +129,7 @@ def _relax(
     found = linprog(
         cost,
         A_ub=amounts,
-        b_ub=np.ones(len(amounts)),
+        b_ub=np.full(len(amounts), _FULL),
         A_eq=_one_each(owners, count),
         b_eq=np.ones(count),
         bounds=(0, 1),
@@ -138,7 +141,7 @@ def _relax(
     priced = cost + prices @ amounts
     least = np.full(count, np.inf)
     np.minimum.at(least, owners, priced)
-    return float(least.sum() - prices.sum()), priced - least[owners]
+    return float(least.sum() - _FULL * prices.sum()), priced - least[owners]
 
 
 def _branch_and_bound(
@@ -148,21 +151,21 @@ def _branch_and_bound(
     count: int,
     gap: float,
     seconds: float,
-) -> tuple[NDArray[np.int64] | None, float]:
-    """Returns the picked columns, one per owner in order, and their cost; None where there is no choice."""
+) -> tuple[NDArray[np.int64] | None, float, float]:
+    """Returns the picked columns, one per owner in order, their cost, and the cost proved to be least; None where there is no choice."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     found = milp(
         cost,
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(_one_each(owners, count), 1, 1), LinearConstraint(amounts, -np.inf, 1.0)],
+        constraints=[LinearConstraint(_one_each(owners, count), 1, 1), LinearConstraint(amounts, -np.inf, _FULL)],
         options={"mip_rel_gap": gap, "time_limit": seconds},
     )
     if found.x is None:
-        return None, np.inf
+        return None, np.inf, np.inf
     chosen = np.flatnonzero(found.x > 0.5)
-    return chosen[np.argsort(owners[chosen])], float(cost[chosen].sum())
+    return chosen[np.argsort(owners[chosen])], float(cost[chosen].sum()), float(found.mip_dual_bound)
 
 
 def _one_each(owners: NDArray[np.int64], count: int) -> Any:
