@@ -19,6 +19,7 @@ LEVELS = {
     "healing": 5,
     "scoring": 5,
     "pipeline": 5,
+    "profiling": 5,
     "cli": 6,
 }
 HOME = "bondsmith"

@@ -7,10 +7,12 @@ the blocks that are not wanted, and stops it after the one that is.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,19 @@ def shape(matrix: nn.Module) -> tuple[int, int]:
 def weight(matrix: nn.Module) -> Tensor:
     """Returns the weight as (out features, in features)."""
     return _stored(matrix).T if isinstance(matrix, Conv1D) else _stored(matrix)
+
+
+@contextmanager
+def replaced_weight(matrix: nn.Module, new: Tensor) -> Iterator[None]:
+    """Has `new`, (out features, in features), as the weight of `matrix` meanwhile; modules that share the parameter see it too."""
+    parameter = matrix.weight
+    assert isinstance(parameter, nn.Parameter)
+    old = parameter.data
+    parameter.data = new.T.contiguous() if isinstance(matrix, Conv1D) else new
+    try:
+        yield
+    finally:
+        parameter.data = old
 
 
 def _stored(matrix: nn.Module) -> Tensor:
@@ -148,6 +163,51 @@ class BlockRunner:
                 return self.model(input_ids=ids, use_cache=False)
             except _StopError:
                 return None
+
+    @contextmanager
+    def resuming(self, index: int, folder: Path) -> Iterator[None]:
+        """Lets the model's own forward passes start at block `index` meanwhile, for token ids that it has seen meanwhile.
+
+        The hidden states that enter the block wait in `folder`. For a model in memory whose blocks before `index` do not change. Passes
+        that keep keys and values (generation) or have a mask run from the start.
+        """
+        known: dict[bytes, Path] = {}
+        key: bytes | None = None
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal key
+            ids = args[0] if args else kwargs.get("input_ids")
+            plain = kwargs.get("use_cache") is False and kwargs.get("attention_mask") is None
+            known_by = (
+                f"{tuple(ids.shape)}".encode() + ids.cpu().numpy().tobytes() if plain and ids is not None else None
+            )
+            key = known_by and hashlib.sha256(known_by).digest()
+
+        def before(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            if key in known:
+                return (hidden,) if self._tuples else hidden
+            out = run(hidden)
+            self._tuples = isinstance(out, tuple)
+            return out
+
+        def at(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            if key in known:
+                return run(torch.load(known[key]).to(hidden.device))
+            if key is not None and index:
+                known[key] = folder / f"hidden-{len(known)}.pt"
+                torch.save(hidden.cpu(), known[key])
+            return run(hidden)
+
+        acts: dict[int, Any] = {i: lambda hidden, run: run(hidden) for i in range(len(self))}
+        acts |= dict.fromkeys(range(index), before) | {index: at}
+        handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with self._gates(acts, {}):
+                yield
+        finally:
+            handle.remove()
+            for path in known.values():
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def _gates(self, acts: dict[int, Any], modules: dict[int, nn.Module]) -> Iterator[None]:

@@ -355,7 +355,7 @@ def fit_matrix(
         target = W
         if C is not None and D is not None:
             target = propagated_target(W, D, C, job.recipe.propagation_strength, job.recipe.damping)
-        mpo = _fit(target, plan, C, B, job.recipe)
+        mpo = fit_network(target, plan, C, B, job.recipe.damping)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
     layer = MPOLinear.from_mpo(mpo, bias=getattr(matrix, "bias", None), gauge=plan.gauge, dtype=job.dtype)
@@ -363,13 +363,14 @@ def fit_matrix(
     return layer, relative_error(W, layer.to_matrix(), C, B)
 
 
-def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe: Recipe) -> MPO:
+def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> MPO:
+    """Returns the network of a plan for `W`: the sequential SVD where there is no moment `C`, else the best fit in the metric."""
     assert plan.sites is not None
     if C is None:
         return sequential_svd(W, plan.sites, plan.bonds)
     if not plan.sites.is_matrix_cut:
-        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=recipe.damping).mpo
-    return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=recipe.damping)
+        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=damping).mpo
+    return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=damping)
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:

@@ -27,7 +27,8 @@ from bondsmith.stages.moments import TableMoments
 from bondsmith.stages.wording import count
 from bondsmith.tensor.algebra import entropy
 from bondsmith.tensor.channels import eliminate_channels
-from bondsmith.tensor.fit import Root, cut_spectrum, damped, moment_root
+from bondsmith.tensor.fit import cut_spectrum
+from bondsmith.tensor.metric import Root, damped, moment_root
 from bondsmith.tensor.rounding import Grid
 
 FORMAT = 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.fit import DAMPING, damped
+from bondsmith.tensor.metric import DAMPING, damped
 
 BLOCK = 16  # channels dropped per step; one at a time gains under a hundredth and takes ten times as long
 
