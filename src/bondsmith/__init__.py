@@ -13,21 +13,38 @@ if TYPE_CHECKING:
     from bondsmith.model.hub import load
     from bondsmith.model.source import ModelError
     from bondsmith.nn.linear import MPOLinear
+    from bondsmith.nn.packed import PackedEmbedding, PackedLinear
     from bondsmith.pipeline import Compressed, compress
     from bondsmith.recipe import Recipe
     from bondsmith.stages.plan import Plan
+    from bondsmith.tensor.rounding import Grid
 
 _HOMES = {
     "Compressed": "bondsmith.pipeline",
     "MPOLinear": "bondsmith.nn.linear",
+    "Grid": "bondsmith.tensor.rounding",
     "ModelError": "bondsmith.model.source",
+    "PackedEmbedding": "bondsmith.nn.packed",
+    "PackedLinear": "bondsmith.nn.packed",
     "Plan": "bondsmith.stages.plan",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
     "load": "bondsmith.model.hub",
 }
 
-__all__ = ["Compressed", "MPOLinear", "ModelError", "Plan", "Recipe", "__version__", "compress", "load"]
+__all__ = [
+    "Compressed",
+    "Grid",
+    "MPOLinear",
+    "ModelError",
+    "PackedEmbedding",
+    "PackedLinear",
+    "Plan",
+    "Recipe",
+    "__version__",
+    "compress",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
