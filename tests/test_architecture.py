@@ -15,9 +15,10 @@ LEVELS = {
     "model": 2,
     "stages": 3,
     "rundir": 3,
-    "scoring": 4,
-    "pipeline": 4,
-    "cli": 5,
+    "run": 4,
+    "scoring": 5,
+    "pipeline": 5,
+    "cli": 6,
 }
 HOME = "bondsmith"
 

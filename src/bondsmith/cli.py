@@ -57,9 +57,20 @@ def compress(
     sites: Annotated[
         str | None, typer.Option(help="auto, matrix, interleaved:N, thin:S or legs (24,24)(24,24).")
     ] = None,
+    multiply_adds: Annotated[
+        float | None, typer.Option(help="Share of the matrices' multiply-adds that may be left.")
+    ] = None,
+    loss: Annotated[
+        float | None, typer.Option(help="Predicted loss tolerated, nats a token: the smallest file within it.")
+    ] = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(help="Widths to round to: 16 (not rounded), 8, 4, 3, 2. Repeatable; all of them with --bytes."),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Carry out this plan.json instead of planning.")] = None,
     uniform: Annotated[
-        bool, typer.Option("--uniform", help="The same keep for every matrix (the only way so far).")
-    ] = True,
+        bool, typer.Option("--uniform", help="The same keep for every matrix, for comparisons; no plan.")
+    ] = False,
     no_propagate: Annotated[
         bool, typer.Option("--no-propagate", help="Calibrate on the original's inputs only.")
     ] = False,
@@ -92,6 +103,11 @@ def compress(
     given = {
         "keep": keep,
         "bytes": bytes_,
+        "multiply_adds": multiply_adds,
+        "loss": loss,
+        "bits": bits,
+        "plan": None if plan is None else str(plan),
+        "uniform": uniform or None,
         "metric": metric,
         "sites": sites,
         "propagate": False if no_propagate else None,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bondsmith.tensor import (
     Sites,
+    cut_spectrum,
     moment_root,
     parse_sites,
     propagated_target,
@@ -82,6 +83,24 @@ def test_whitened_cut_is_the_exact_minimiser(shape, with_input, with_output):
     assert relative_error(weight, mpo.to_matrix(), **given_moments) == pytest.approx(predicted, rel=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (17, 17)])
+@pytest.mark.parametrize(("with_input", "with_output"), [(False, False), (True, False), (False, True), (True, True)])
+def test_spectrum_gives_the_error_of_every_cut(shape, with_input, with_output):
+    weight, damping = randn(*shape), 1e-2
+    C, B = (moment(shape[1], 1) if with_input else None), (moment(shape[0], 2) if with_output else None)
+    values = cut_spectrum(weight, input_moment=C, output_moment=B, damping=damping)
+    assert values.shape == (min(shape),)
+    assert torch.equal(values, values.sort(descending=True)[0])
+    full_c = torch.eye(shape[1], dtype=torch.float64) if C is None else moment_root(C, damping).moment
+    full_b = torch.eye(shape[0], dtype=torch.float64) if B is None else moment_root(B, damping).moment
+    for bond in range(1, min(shape)):
+        cut = whitened_cut(weight, bond, input_moment=C, output_moment=B, damping=damping)
+        D = weight - cut.to_matrix()
+        assert float((values[bond:] ** 2).sum()) == pytest.approx(float((D * (full_b @ D @ full_c)).sum()), rel=1e-8)
+    roots = {"input_root": None if C is None else moment_root(C, damping)}
+    torch.testing.assert_close(cut_spectrum(weight, **roots, output_moment=B, damping=damping), values)
+
+
 @pytest.mark.parametrize("shape", [(20, 31), (31, 20)])
 def test_roots_stand_in_for_moments(shape):
     weight, C, B = randn(*shape), moment(shape[1], 1), moment(shape[0], 2)
@@ -146,6 +165,8 @@ def test_relative_error_of_nothing():
 def test_bad_moments(moments, message):
     with pytest.raises(ValueError, match=message):
         whitened_cut(torch.ones(4, 6), 2, **moments)
+    with pytest.raises(ValueError, match=message):
+        cut_spectrum(torch.ones(4, 6), **moments)
 
 
 def test_bad_weights():

@@ -22,7 +22,7 @@ from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.recipe import Recipe
-from bondsmith.stages.moments import Moment, load_output_moments, token_weights
+from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
@@ -174,7 +174,7 @@ def _fit_from_original(
             put_rows(out)
             for position, group in enumerate(groups):
                 if position in seen:
-                    moments[position].add(seen[position], _weights(group, rows, out))
+                    moments[position].add(seen[position], stream_weights(group, rows, out))
     for group, moment in zip(groups, moments, strict=True):
         C = moment.mean(_full(job, k, group))
         for name in group.names:
@@ -230,7 +230,7 @@ def _propagated_moments(
                 if 0 in seen:
                     C.add(seen[0])
                 continue
-            w = _weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
+            w = stream_weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
             C.add(seen[0], w)
             D.add(_rows(job, before, first).flatten(0, 1) - seen[0], w, seen[0])
     name = _full(job, k, group)
@@ -336,13 +336,6 @@ def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe
     rows_in = W.shape[0] > W.shape[1]
     roots = {"input_root": moment_root(C, recipe.damping)} if rows_in else {"input_moment": C}
     return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)
-
-
-def _weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None:
-    """Returns token weights for matrices that write into the residual stream: by the stream they write into."""
-    if not (group.writes and group.every_token):
-        return None
-    return token_weights((after if group.last else before).flatten(0, 1))
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from bondsmith.tensor import algebra
 from bondsmith.tensor.fit import (
     Root,
+    cut_spectrum,
     moment_root,
     propagated_target,
     relative_error,
@@ -26,6 +27,7 @@ __all__ = [
     "Sites",
     "algebra",
     "candidate_sites",
+    "cut_spectrum",
     "fit_mpo",
     "gptq",
     "moment_root",

@@ -93,17 +93,36 @@ def whitened_cut(
     check_matrix(weight)
     out_features, in_features = weight.shape
     (bond,) = Sites((out_features, 1), (1, in_features)).clip(bond)
-    W = weight.to(torch.float64)
-    if out_features <= in_features:
-        left, right = _cut_rows(
-            W, bond, output_moment, output_root, input_moment, input_root, damping, "output", "input"
-        )
-    else:
-        right_t, left_t = _cut_rows(
-            W.T, bond, input_moment, input_root, output_moment, output_root, damping, "input", "output"
-        )
-        left, right = left_t.T, right_t.T
+    sides = _Side("input", input_moment, input_root), _Side("output", output_moment, output_root)
+    short, whitened, gram = _whiten_short_side(weight, *sides, damping)
+    basis = leading_eigenvectors(gram, bond)
+    left, right = basis if short is None else short.inverse @ basis, basis.T @ whitened
+    if out_features > in_features:
+        left, right = right.T, left.T
     return MPO((left.to(weight.dtype)[None, :, None, :], right.to(weight.dtype)[:, None, :, None]))
+
+
+def cut_spectrum(
+    weight: Tensor,
+    *,
+    input_moment: Tensor | None = None,
+    output_moment: Tensor | None = None,
+    input_root: Root | None = None,
+    output_root: Root | None = None,
+    damping: float = DAMPING,
+) -> Tensor:
+    """All `min(O, I)` singular values of `B^1/2 W C^1/2`, descending, float64: the error of every matrix cut at once.
+
+    `tr(B D C D^T)` of `whitened_cut` at bond `k`, in the damped moments, is the sum of the squares from place `k` on.
+    One symmetric eigenvalue problem of the smaller side. Give roots in place of moments where matrices share them.
+
+    >>> cut_spectrum(torch.eye(3), input_moment=torch.diag(torch.tensor([1.0, 9.0, 4.0])), damping=0.0)
+    tensor([3., 2., 1.], dtype=torch.float64)
+    """
+    check_matrix(weight)
+    sides = _Side("input", input_moment, input_root), _Side("output", output_moment, output_root)
+    gram = _whiten_short_side(weight, *sides, damping)[2]
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 
 def relative_error(
@@ -165,32 +184,41 @@ def check_sites(weight: Tensor, sites: Sites) -> None:
         )
 
 
-def _cut_rows(
-    W: Tensor,
-    bond: int,
-    own_moment: Tensor | None,
-    own_root: Root | None,
-    far_moment: Tensor | None,
-    far_root: Root | None,
-    damping: float,
-    own_name: str,
-    far_name: str,
-) -> tuple[Tensor, Tensor]:
-    """Left `(O, k)` and right `(k, I)` factors for `O <= I`; "own" is the row side, "far" the column side."""
-    root = own_root
-    if root is None and own_moment is not None:
-        check_moment(own_moment, W.shape[0], f"{own_name} moment")
-        root = moment_root(own_moment, damping, f"{own_name} moment")
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """What is known of one side of a weight: its moment, or a root of it, or nothing."""
+
+    name: str
+    moment: Tensor | None
+    root: Root | None
+
+    def to_root(self, size: int, damping: float) -> Root | None:
+        """The root; None for the identity."""
+        if self.root is None and self.moment is not None:
+            check_moment(self.moment, size, f"{self.name} moment")
+            return moment_root(self.moment, damping, f"{self.name} moment")
+        return self.root
+
+    def between(self, rows: Tensor, damping: float) -> Tensor:
+        """`rows M rows^T` with the damped moment `M`; no root is taken."""
+        if self.root is not None:
+            rows = rows @ self.root.root
+        elif self.moment is not None:
+            check_moment(self.moment, rows.shape[1], f"{self.name} moment")
+            return rows @ damped(self.moment, damping) @ rows.T
+        return rows @ rows.T
+
+
+def _whiten_short_side(
+    weight: Tensor, inputs: _Side, outputs: _Side, damping: float
+) -> tuple[Root | None, Tensor, Tensor]:
+    """Root of the smaller side, the weight times it with that side as rows, and its Gram matrix in the other moment."""
+    W, short, long = weight.to(torch.float64), outputs, inputs
+    if W.shape[0] > W.shape[1]:
+        W, short, long = W.T, inputs, outputs
+    root = short.to_root(W.shape[0], damping)
     whitened = W if root is None else root.root @ W
-    gram = whitened @ whitened.T
-    if far_root is not None:
-        half = whitened @ far_root.root
-        gram = half @ half.T
-    elif far_moment is not None:
-        check_moment(far_moment, W.shape[1], f"{far_name} moment")
-        gram = whitened @ damped(far_moment, damping) @ whitened.T
-    basis = leading_eigenvectors(gram, bond)
-    return (basis if root is None else root.inverse @ basis), basis.T @ whitened
+    return root, whitened, long.between(whitened, damping)
 
 
 def _energy(D: Tensor, input_moment: Tensor | None, output_moment: Tensor | None) -> float:
