@@ -15,10 +15,12 @@ LEVELS = {
     "model": 2,
     "stages": 3,
     "rundir": 3,
-    "healing": 4,
-    "scoring": 4,
-    "pipeline": 4,
-    "cli": 5,
+    "run": 4,
+    "healing": 5,
+    "scoring": 5,
+    "pipeline": 5,
+    "profiling": 5,
+    "cli": 6,
 }
 HOME = "bondsmith"
 

@@ -14,15 +14,20 @@ if TYPE_CHECKING:
     from bondsmith.model.hub import load
     from bondsmith.model.source import ModelError
     from bondsmith.nn.linear import MPOLinear
+    from bondsmith.nn.packed import PackedEmbedding, PackedLinear
     from bondsmith.pipeline import Compressed, compress
     from bondsmith.recipe import Recipe
     from bondsmith.stages.plan import Plan
+    from bondsmith.tensor.rounding import Grid
 
 _HOMES = {
     "Compressed": "bondsmith.pipeline",
     "Healed": "bondsmith.healing",
     "MPOLinear": "bondsmith.nn.linear",
+    "Grid": "bondsmith.tensor.rounding",
     "ModelError": "bondsmith.model.source",
+    "PackedEmbedding": "bondsmith.nn.packed",
+    "PackedLinear": "bondsmith.nn.packed",
     "Plan": "bondsmith.stages.plan",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
@@ -32,9 +37,12 @@ _HOMES = {
 
 __all__ = [
     "Compressed",
+    "Grid",
     "Healed",
     "MPOLinear",
     "ModelError",
+    "PackedEmbedding",
+    "PackedLinear",
     "Plan",
     "Recipe",
     "__version__",

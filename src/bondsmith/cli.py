@@ -59,9 +59,20 @@ def compress(
     sites: Annotated[
         str | None, typer.Option(help="auto, matrix, interleaved:N, thin:S or legs (24,24)(24,24).")
     ] = None,
+    multiply_adds: Annotated[
+        float | None, typer.Option(help="Share of the matrices' multiply-adds that may be left.")
+    ] = None,
+    loss: Annotated[
+        float | None, typer.Option(help="Predicted loss tolerated, nats a token: the smallest file within it.")
+    ] = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(help="Widths to round to: 16 (not rounded), 8, 4, 3, 2. Repeatable; all of them with --bytes."),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Carry out this plan.json instead of planning.")] = None,
     uniform: Annotated[
-        bool, typer.Option("--uniform", help="The same keep for every matrix (the only way so far).")
-    ] = True,
+        bool, typer.Option("--uniform", help="The same keep for every matrix, for comparisons; no plan.")
+    ] = False,
     no_propagate: Annotated[
         bool, typer.Option("--no-propagate", help="Calibrate on the original's inputs only.")
     ] = False,
@@ -94,6 +105,11 @@ def compress(
     given = {
         "keep": keep,
         "bytes": bytes_,
+        "multiply_adds": multiply_adds,
+        "loss": loss,
+        "bits": bits,
+        "plan": None if plan is None else str(plan),
+        "uniform": uniform or None,
         "metric": metric,
         "sites": sites,
         "propagate": False if no_propagate else None,
@@ -207,6 +223,109 @@ def heal(
 def _tell(moment: Any) -> None:
     if moment.validation is not None:
         err.print(str(moment), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory or .gguf file.")],
+    directory: Annotated[Path, typer.Option("--out", help="Where the profile goes.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Measure: cut one matrix at a time, in some blocks, and score the model.")
+    ] = False,
+    blocks: Annotated[
+        str | None, typer.Option(help="With --layers: which blocks, 0,5,15,29 (four by default).")
+    ] = None,
+    keeps: Annotated[
+        str | None, typer.Option(help="With --layers: shares of the parameters kept (0.1,0.25,0.5,0.75,0.9).")
+    ] = None,
+    sites: Annotated[str | None, typer.Option(help="With --layers: matrix, interleaved:N, thin:S or legs.")] = None,
+    metric: Annotated[str | None, typer.Option(help="frobenius, input or loss (the default).")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress. Repeatable.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (8192).")] = None,
+    evaluation: Annotated[
+        list[str] | None, typer.Option(help="With --layers: text to score (held-out calibration text). Repeatable.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="With --layers: windows scored (4).")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window (256).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="With --layers: lm-eval tasks to score, comma separated.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of local benchmark files instead of hub data sets.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows per task.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew.")] = False,
+) -> None:
+    """Show what each matrix of MODEL can bear."""
+    from bondsmith import profiling
+
+    if not layers:
+        raise typer.BadParameter("give --layers")
+    given: dict[str, Any] = {
+        "blocks": _numbers("--blocks", blocks, int),
+        "keeps": _numbers("--keeps", keeps, float),
+        "sites": sites,
+        "metric": metric,
+        "calibration": calibration,
+        "tokens": tokens,
+        "evaluation": evaluation,
+        "windows": windows,
+        "window": window,
+        "tasks": tasks and tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        "data": str(data) if data else None,
+        "limit": limit,
+        "device": device,
+        "seed": seed,
+    }
+    settings = profiling.LayerSettings(**{k: v for k, v in given.items() if v not in (None, [])})
+    with progress_bars() as show:
+        done = profiling.profile_layers(
+            model,
+            directory,
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            command=shlex.join(["bondsmith", *sys.argv[1:]]),
+            progress=show,
+        )
+    for table in done.tables():
+        out.print(table)
+    out.print(f"page   {directory / profiling.PAGE}", highlight=False, soft_wrap=True)
+
+
+def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+    try:
+        return None if text is None else tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers like 1,5,9", param_hint=option) from error
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub id, .gguf file or directory; a config.json alone will do.")],
+    keep: Annotated[float | None, typer.Option(help="Share of the matrices' parameters to keep, e.g. 0.8.")] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", help="Size instead: share of 4 bytes a parameter (0.07) or 38MB.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the saved weights: auto, float32, float16, bfloat16.")] = None,
+    sites: Annotated[str | None, typer.Option(help="As of compress.")] = None,
+    metric: Annotated[str | None, typer.Option(help="frobenius, input or loss (the default).")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress; self needs the whole model.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768).")] = None,
+    keep_dense: Annotated[list[str] | None, typer.Option(help="Matrices to leave alone. Repeatable.")] = None,
+    no_gauge: Annotated[bool, typer.Option("--no-gauge", help="Store full cores.")] = False,
+    no_propagate: Annotated[bool, typer.Option("--no-propagate", help="Calibrate on the original's inputs.")] = False,
+) -> None:
+    """Show what compressing MODEL would give and take, from its configuration alone: sizes, memory, disk and time."""
+    from bondsmith.model.facts import read_facts
+    from bondsmith.recipe import Recipe
+    from bondsmith.stages import estimate as stage
+
+    given: dict[str, Any] = {"keep": keep, "bytes": bytes_, "dtype": dtype, "sites": sites, "metric": metric}
+    given |= {"calibration": calibration, "tokens": tokens, "keep_dense": keep_dense}
+    given |= {"gauge": False if no_gauge else None, "propagate": False if no_propagate else None}
+    settings = Recipe.from_settings({name: value for name, value in given.items() if value not in (None, [])})
+    for table in stage.estimate(read_facts(model), settings, stage.measure_speed()).tables():
+        out.print(table)
 
 
 @app.command("eval")

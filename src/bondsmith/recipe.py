@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bondsmith.tensor.rounding import BITS, Grid
+
+BUDGETS = ("keep", "bytes", "multiply_adds", "loss")
+UNROUNDED = 16
 METRICS = ("frobenius", "input", "loss")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -25,8 +31,17 @@ class Recipe:
     """Settings of `bondsmith compress`; every field is a key of a recipe file.
 
     Attributes:
-        keep: share of the parameters of the tensorised matrices that is kept, in (0, 1]. Give this or `bytes`.
+        keep: share of the parameters of the tensorised matrices that is kept, in (0, 1].
         bytes: size of the weight files: a share of the original at 4 bytes a parameter ("0.07") or a size ("38MB").
+        multiply_adds: share of the matrices' multiply-adds that may be left, in (0, 1].
+        loss: predicted loss that is tolerated, in nats a token: the smallest file within it is planned.
+            At least one of these four; a uniform plan takes either keep or bytes.
+        uniform: every matrix keeps the same share, instead of what the profile says it can bear.
+        bits: widths that a plan may round weights to, out of 16 (not rounded), 8, 4, 3, 2. Empty: 16 alone, or all where `bytes` is given.
+        group: columns that share a scale in rounding to 4 bits and fewer.
+        plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
+        bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
+        channels: a plan may also drop hidden channels of MLPs (their hidden bond), refitting the matrix that reads them.
         metric: error that the networks minimise: frobenius, input (second moments of inputs) or loss (also of gradients).
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
         propagate: fit each matrix to the inputs that the already compressed layers before it produce.
@@ -50,6 +65,14 @@ class Recipe:
 
     keep: float | None = None
     bytes: str | None = None
+    multiply_adds: float | None = None
+    loss: float | None = None
+    uniform: bool = False
+    bits: tuple[int, ...] = ()
+    group: int = 64
+    plan: str | None = None
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    channels: bool = True
     metric: str = "loss"
     sites: str = "auto"
     propagate: bool = True
@@ -76,30 +99,36 @@ class Recipe:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.bytes is not None:
             object.__setattr__(self, "bytes", str(self.bytes))
+        bits = (self.bits,) if isinstance(self.bits, int) else self.bits
+        object.__setattr__(self, "bits", tuple(bits))
+        self._check_bounds()
         self._check_types()
         self._check()
 
     def _check_types(self) -> None:
-        for name in ("tokens", "window", "evaluation_windows", "blockwise", "blockwise_ahead", "seed"):
+        for name in ("tokens", "window", "evaluation_windows", "blockwise", "blockwise_ahead", "seed", "group"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise RecipeError(f"{name}: {value!r} is not a whole number")
-        numbers = ("keep", "propagation_strength", "damping", "blockwise_rate", "blockwise_view")
+        numbers = (
+            "keep",
+            "multiply_adds",
+            "loss",
+            "propagation_strength",
+            "damping",
+            "blockwise_rate",
+            "blockwise_view",
+        )
         for name in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise RecipeError(f"{name}: {value!r} is not a number")
-        for name in ("propagate", "gauge"):
+        for name in ("propagate", "gauge", "uniform", "channels"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}: {getattr(self, name)!r} is neither true nor false")
 
     def _check(self) -> None:
-        if (self.keep is None) == (self.bytes is None):
-            raise RecipeError(
-                "give either keep (share of parameters, e.g. 0.8) or bytes (e.g. 0.07 or 38MB), not both or none"
-            )
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise RecipeError(f"keep: {self.keep} is not in (0, 1]; 0.8 keeps four fifths of the matrices' parameters")
+        self._check_budgets()
         if self.bytes is not None:
             parse_bytes(self.bytes, 4)
         if self.metric not in METRICS:
@@ -143,6 +172,69 @@ class Recipe:
                 f"blockwise: {self.tokens} tokens are one window of {self.window}; one to train on and one held out are needed"
             )
 
+    def _check_budgets(self) -> None:
+        if not self.planned and self.plan is None and len(self.grids) != 1:
+            raise RecipeError(f"bits: a uniform plan has one width, not {', '.join(map(str, self.bits))}")
+        if self.plan is not None:
+            if any(getattr(self, name) is not None for name in BUDGETS) or self.uniform:
+                raise RecipeError("plan: a finished plan needs no budget and is not uniform; give one or the other")
+            return
+        if self.uniform and (self.keep is None) == (self.bytes is None):
+            raise RecipeError(
+                "give either keep (share of parameters, e.g. 0.8) or bytes (e.g. 0.07 or 38MB) with uniform, not both or none"
+            )
+        if self.uniform and (self.multiply_adds is not None or self.loss is not None):
+            raise RecipeError("uniform goes with keep or bytes alone; multiply_adds and loss need a plan")
+        if all(v is None for v in (self.keep, self.bytes, self.multiply_adds, self.loss)):
+            raise RecipeError(
+                "give a budget: keep (share of parameters, e.g. 0.8), bytes (e.g. 0.07 or 38MB), multiply_adds or loss"
+            )
+        for name in ("keep", "multiply_adds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise RecipeError(f"{name}: {value} is not in (0, 1]; 0.8 keeps four fifths")
+        if self.loss is not None and not self.loss > 0:
+            raise RecipeError(f"loss: {self.loss} nats a token is no tolerated loss; 0.03 is about 3 % of perplexity")
+        if self.loss is not None and self.metric != "loss":
+            raise RecipeError(f"loss: the metric {self.metric!r} predicts no nats; use metric: loss")
+
+    def _check_bounds(self) -> None:
+        if not isinstance(self.bounds, Mapping):
+            raise RecipeError(f"bounds: {self.bounds!r} is not a mapping of patterns to [least, largest] shares")
+        checked: dict[str, tuple[float, float]] = {}
+        for pattern, limits in self.bounds.items():
+            if not isinstance(limits, list | tuple) or len(limits) != 2 or not 0 <= limits[0] <= limits[1] <= 1:
+                raise RecipeError(
+                    f"bounds: {pattern!r}: {limits!r} is not [least, largest] with 0 <= least <= largest <= 1"
+                )
+            checked[str(pattern)] = float(limits[0]), float(limits[1])
+        object.__setattr__(self, "bounds", checked)
+        for bits in self.bits:
+            if bits != UNROUNDED and bits not in BITS:
+                raise RecipeError(f"bits: {bits!r} is not one of 16 (not rounded), 8, 4, 3, 2")
+        if self.group < 8:
+            raise RecipeError(f"group: {self.group} columns are too few to share a scale; 32, 64 and 128 are usual")
+
+    def spares(self, name: str) -> bool:
+        """Returns whether a matrix is to stay as it is."""
+        return any(fnmatch(name, pattern) for pattern in self.keep_dense)
+
+    @property
+    def planned(self) -> bool:
+        """True where bonds (and bits) are chosen from a profile; other site shapes than the matrix cut get uniform bonds."""
+        return not self.uniform and self.plan is None and self.sites in ("auto", "matrix")
+
+    @property
+    def rounds(self) -> bool:
+        """True where some numbers may be rounded."""
+        return any(grid is not None for grid in self.grids)
+
+    @property
+    def grids(self) -> tuple[Grid | None, ...]:
+        """The ways a plan may store numbers; None is unrounded."""
+        widths = self.bits or ((UNROUNDED,) if self.bytes is None or not self.planned else (UNROUNDED, *reversed(BITS)))
+        return tuple(None if b == UNROUNDED else grid_of(b, self.group) for b in sorted(set(widths), reverse=True))
+
     @property
     def needs_moments(self) -> bool:
         """True unless the metric looks at the weights alone."""
@@ -150,7 +242,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain data, in field order."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return plain | {"bounds": {pattern: list(limits) for pattern, limits in self.bounds.items()}}
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML."""
@@ -178,13 +271,18 @@ class Recipe:
             raise RecipeError(f"{path} is not YAML: {error}") from error
         if not isinstance(settings, dict):
             raise RecipeError(f"{path} must hold `key: value` lines")
-        if "keep" in changes or "bytes" in changes:
-            settings = {k: v for k, v in settings.items() if k not in ("keep", "bytes")}
+        if any(name in changes for name in BUDGETS):
+            settings = {k: v for k, v in settings.items() if k not in BUDGETS}
         return cls.from_settings(settings | changes)
 
     def changed(self, **changes: Any) -> Recipe:
         """Returns a copy with other values."""
         return replace(self, **changes)
+
+
+def grid_of(bits: int, group: int) -> Grid:
+    """Returns the grid a plan rounds to: 8 bits per row, fewer in groups with a minimum."""
+    return Grid(8, 0) if bits == 8 else Grid(bits, group, symmetric=False)
 
 
 def parse_bytes(text: str, parameters: int) -> int:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bondsmith.tensor import (
     Sites,
+    cut_spectrum,
     moment_root,
     parse_sites,
     propagated_target,
@@ -82,6 +83,24 @@ def test_whitened_cut_is_the_exact_minimiser(shape, with_input, with_output):
     assert relative_error(weight, mpo.to_matrix(), **given_moments) == pytest.approx(predicted, rel=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (17, 17)])
+@pytest.mark.parametrize(("with_input", "with_output"), [(False, False), (True, False), (False, True), (True, True)])
+def test_spectrum_gives_the_error_of_every_cut(shape, with_input, with_output):
+    weight, damping = randn(*shape), 1e-2
+    C, B = (moment(shape[1], 1) if with_input else None), (moment(shape[0], 2) if with_output else None)
+    values = cut_spectrum(weight, input_moment=C, output_moment=B, damping=damping)
+    assert values.shape == (min(shape),)
+    assert torch.equal(values, values.sort(descending=True)[0])
+    full_c = torch.eye(shape[1], dtype=torch.float64) if C is None else moment_root(C, damping).moment
+    full_b = torch.eye(shape[0], dtype=torch.float64) if B is None else moment_root(B, damping).moment
+    for bond in range(1, min(shape)):
+        cut = whitened_cut(weight, bond, input_moment=C, output_moment=B, damping=damping)
+        D = weight - cut.to_matrix()
+        assert float((values[bond:] ** 2).sum()) == pytest.approx(float((D * (full_b @ D @ full_c)).sum()), rel=1e-8)
+    roots = {"input_root": None if C is None else moment_root(C, damping)}
+    torch.testing.assert_close(cut_spectrum(weight, **roots, output_moment=B, damping=damping), values)
+
+
 @pytest.mark.parametrize("shape", [(20, 31), (31, 20)])
 def test_roots_stand_in_for_moments(shape):
     weight, C, B = randn(*shape), moment(shape[1], 1), moment(shape[0], 2)
@@ -97,24 +116,22 @@ def test_whitened_cut_at_full_bond_is_the_weight():
     torch.testing.assert_close(mpo.to_matrix(), weight)
 
 
-def test_root_of_a_singular_moment():
-    x = randn(10, 3)
-    root = moment_root(x @ x.T, damping=1e-6)
-    torch.testing.assert_close(root.root @ root.inverse, torch.eye(10, dtype=torch.float64))
-    damped = x @ x.T + 1e-6 * (x @ x.T).diagonal().mean() * torch.eye(10)
-    torch.testing.assert_close(root.moment, damped)
-    assert torch.isfinite(moment_root(torch.zeros(4, 4)).inverse).all()
-
-
 def test_propagated_target_minimises_the_propagated_error():
     weight, x, xh = randn(6, 8), randn(8, 50, seed=1), randn(8, 50, seed=2)
     xh = x + 0.3 * xh
-    target = propagated_target(weight, x @ xh.T, xh @ xh.T, alpha=1.0, damping=0.0)
+    difference, seen = (x - xh) @ xh.T, xh @ xh.T
+    target = propagated_target(weight, difference, seen, alpha=1.0, damping=0.0)
     best = scipy.linalg.lstsq(xh.T.numpy(), (weight @ x).T.numpy())[0].T
     torch.testing.assert_close(target, torch.as_tensor(best))
-    torch.testing.assert_close(propagated_target(weight, x @ xh.T, xh @ xh.T, alpha=0.0), weight)
-    half = propagated_target(weight, x @ xh.T, xh @ xh.T, alpha=0.5, damping=0.0)
+    torch.testing.assert_close(propagated_target(weight, difference, seen, alpha=0.0), weight)
+    half = propagated_target(weight, difference, seen, alpha=0.5, damping=0.0)
     torch.testing.assert_close(half, (weight + target) / 2)
+
+
+def test_propagated_target_of_a_singular_moment():
+    weight, x = randn(6, 8), randn(8, 3, seed=1)
+    target = propagated_target(weight, 0.1 * x @ x.T, x @ x.T, alpha=1.0, damping=0.0)
+    torch.testing.assert_close(target @ x, 1.1 * weight @ x)
 
 
 @settings(max_examples=20)
@@ -146,6 +163,8 @@ def test_relative_error_of_nothing():
 def test_bad_moments(moments, message):
     with pytest.raises(ValueError, match=message):
         whitened_cut(torch.ones(4, 6), 2, **moments)
+    with pytest.raises(ValueError, match=message):
+        cut_spectrum(torch.ones(4, 6), **moments)
 
 
 def test_bad_weights():
@@ -159,5 +178,5 @@ def test_bad_weights():
         sequential_svd(torch.ones(4, 5), Sites((2, 2), (2, 2)), 1)
     with pytest.raises(ValueError, match=r"at least 1, not 0"):
         whitened_cut(torch.ones(3, 3), 0)
-    with pytest.raises(ValueError, match=r"cross moment has shape"):
+    with pytest.raises(ValueError, match=r"difference of moments has shape \(2, 2\)"):
         propagated_target(torch.ones(3, 3), torch.eye(2), torch.eye(3))

@@ -23,7 +23,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+from bondsmith.model import digest
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD_BYTES = 2 * 1024**3
 
 
@@ -54,7 +56,7 @@ class Source:
     stored_bytes: int
 
     def read(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """Returns the named parameters as fresh tensors of `dtype` (integers keep theirs); refuses NaN and infinities."""
+        """Returns the named parameters as fresh tensors of `dtype` (integers keep theirs); refuses NaN, infinities, wrong checksums."""
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             file, key = self.places[name]
@@ -64,6 +66,7 @@ class Source:
             with safe_open(file, framework="pt") as handle:
                 for name, key in keys:
                     stored = handle.get_tensor(key)
+                    digest.check(key, stored, handle.metadata(), file)
                     tensor = stored.to(dtype, copy=True) if stored.is_floating_point() else stored.clone()
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         bad = int((~torch.isfinite(tensor)).sum())
@@ -101,15 +104,19 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.d
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
         else:
-            owner._buffers[leaf] = tensor.to(device)
+            old = getattr(owner, leaf, None)
+            setattr(owner, leaf, tensor.to(device, tensor.dtype if old is None else old.dtype))
 
 
 def empty(module: nn.Module) -> None:
-    """Sends the parameters of `module` back to the meta device; their memory is free again. Buffers stay."""
+    """Sends the parameters and saved buffers of `module` back to the meta device; their memory is free again. Tables stay."""
     for owner in module.modules():
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and leaf not in owner._non_persistent_buffers_set:
+                owner._buffers[leaf] = buffer.to("meta")
 
 
 def load_whole(source: Source, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -182,7 +189,7 @@ def file_digest(path: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"{name}: no such directory, and not a hub id of the form owner/model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -200,7 +207,8 @@ def _download(name: str) -> Path:
     return path
 
 
-def _read_config(name: str, path: Path, **kwargs: Any) -> Any:
+def read_config(name: str, path: Path | str, **kwargs: Any) -> Any:
+    """Returns the configuration in a directory or of a hub id; ModelError where transformers cannot read one."""
     try:
         return AutoConfig.from_pretrained(path, **kwargs)
     except Exception as error:  # transformers raises many types here; each means that this is no model it knows
@@ -211,7 +219,7 @@ def _read_config(name: str, path: Path, **kwargs: Any) -> Any:
 def _open_directory(name: str, path: Path, cache: Path) -> Source:
     if not (path / "config.json").is_file():
         raise ModelError(f"{name} is not a model: {path} has no config.json")
-    config = _read_config(name, path)
+    config = read_config(name, path)
     check_supported(config, name)
     weights = sorted(path.glob("*.safetensors"))
     pickles = sorted(path.glob("*.bin"))
@@ -271,7 +279,7 @@ def _open_gguf(name: str, path: Path, cache: Path) -> Source:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{name} is not a GGUF file (its first four bytes are not 'GGUF')")
     if _rewritten(cache, (path,)) is None:
-        config = _read_config(name, path.parent, gguf_file=path.name)
+        config = read_config(name, path.parent, gguf_file=path.name)
         config.__dict__.pop("quantization_config", None)
         check_supported(config, name)
 

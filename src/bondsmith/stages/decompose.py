@@ -25,10 +25,11 @@ from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.recipe import Recipe
 from bondsmith.stages import blockwise
-from bondsmith.stages.moments import Moment, load_output_moments, token_weights
+from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.streams import Stream
-from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
+from bondsmith.tensor.fit import propagated_target, sequential_svd, whitened_cut
+from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.weighted import fit_mpo
 
@@ -209,7 +210,7 @@ def _fit_from_original(
             put_rows(out)
             for position, group in enumerate(groups):
                 if position in seen:
-                    moments[position].add(seen[position], _weights(group, rows, out))
+                    moments[position].add(seen[position], stream_weights(group, rows, out))
     for group, moment in zip(groups, moments, strict=True):
         C = moment.mean(_full(job, k, group))
         for name in group.names:
@@ -265,7 +266,7 @@ def _propagated_moments(
                 if 0 in seen:
                     C.add(seen[0])
                 continue
-            w = _weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
+            w = stream_weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
             C.add(seen[0], w)
             D.add(_rows(job, before, first).flatten(0, 1) - seen[0], w, seen[0])
     name = _full(job, k, group)
@@ -353,8 +354,8 @@ def fit_matrix(
     try:
         target = W
         if C is not None and D is not None:
-            target = propagated_target(W, C + D, C, job.recipe.propagation_strength, job.recipe.damping)
-        mpo = _fit(target, plan, C, B, job.recipe)
+            target = propagated_target(W, D, C, job.recipe.propagation_strength, job.recipe.damping)
+        mpo = fit_network(target, plan, C, B, job.recipe.damping)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
     layer = MPOLinear.from_mpo(mpo, bias=getattr(matrix, "bias", None), gauge=plan.gauge, dtype=job.dtype)
@@ -362,22 +363,14 @@ def fit_matrix(
     return layer, relative_error(W, layer.to_matrix(), C, B)
 
 
-def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe: Recipe) -> MPO:
+def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> MPO:
+    """Returns the network of a plan for `W`: the sequential SVD where there is no moment `C`, else the best fit in the metric."""
     assert plan.sites is not None
     if C is None:
         return sequential_svd(W, plan.sites, plan.bonds)
     if not plan.sites.is_matrix_cut:
-        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=recipe.damping).mpo
-    rows_in = W.shape[0] > W.shape[1]
-    roots = {"input_root": moment_root(C, recipe.damping)} if rows_in else {"input_moment": C}
-    return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)
-
-
-def _weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None:
-    """Returns token weights for matrices that write into the residual stream: by the stream they write into."""
-    if not (group.writes and group.every_token):
-        return None
-    return token_weights((after if group.last else before).flatten(0, 1))
+        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=damping).mpo
+    return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=damping)
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:

@@ -5,19 +5,32 @@ Legend: `T` tokens, `I` in features, `O` out features. Hidden states stream from
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import BlockRunner, matrices, shape
-from bondsmith.model.checkpoint import write_shard
+from bondsmith.model.blocks import (
+    BlockRunner,
+    Group,
+    HiddenBond,
+    capture_inputs,
+    find_hidden_bonds,
+    matrices,
+    shape,
+    trace_groups,
+)
+from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
 
 _PANEL = 128  # narrower panels make slow products
+_MIRROR = 512  # rows mirrored at a time
 
 
 class Moment:
@@ -56,10 +69,13 @@ class Moment:
         """Returns the (features, features) mean; ModelError names the matrix if it is not finite or has seen no token."""
         if not self.seen:
             raise ModelError(f"{name}: no calibration token reached this matrix; calibrate on more or other text")
-        mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
         if self._lower:
-            mean = mean.tril() + mean.tril(-1).T
-        if not torch.isfinite(mean).all():
+            for first in range(0, len(self._sum), _MIRROR):  # in place: wide moments are what memory goes to
+                panel = slice(first, min(first + _MIRROR, len(self._sum)))
+                self._sum[panel, panel] = self._sum[panel, panel].tril() + self._sum[panel, panel].tril(-1).T
+                self._sum[panel, panel.stop :] = self._sum[panel.stop :, panel].T
+        mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
+        if not math.isfinite(float(mean.sum())) and not torch.isfinite(mean).all():
             raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
         return mean
 
@@ -71,6 +87,13 @@ def token_weights(hidden_TI: Tensor) -> Tensor:
     them away, and so must the error that is minimised.
     """
     return 1 / hidden_TI.square().mean(-1).clamp_min(1e-12)
+
+
+def stream_weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None:
+    """Returns token weights for matrices that write into the residual stream, by the stream they write into; None for others."""
+    if not (group.writes and group.every_token):
+        return None
+    return token_weights((after if group.last else before).flatten(0, 1))
 
 
 def block_inputs(
@@ -113,7 +136,7 @@ def output_moments(
     seed: int,
     advance: Callable[[], None],
 ) -> None:
-    """Writes `folder/block-K.safetensors` with `B` of every matrix of block K, last block first.
+    """Writes `folder/block-K.safetensors` with `B` and `C` of every matrix of block K, last block first.
 
     The loss is the cross entropy with labels sampled from the model's own distribution (the Fisher information), so no data label
     enters. Blocks that are written already are not computed again.
@@ -126,34 +149,102 @@ def output_moments(
     folder.mkdir(parents=True, exist_ok=True)
     gradients = [Stream(folder / f"gradient-{k}", s.shape) for k, s in enumerate(streams)]
     if not gradients[-1].complete and not (folder / "block-0.safetensors").is_file():
-        generator = torch.Generator().manual_seed(seed)
-        hidden = streams[-1]
-        gradients[-1].write(
-            _head_gradient(runner, ids[f : f + 1], hidden.read(f, 1).to(ids.device), generator) for f in range(len(ids))
-        )
+        gradients[-1].write(_head_gradients(runner, ids, streams[-1], folder, seed))
     for k in reversed(range(len(runner))):
         if not (folder / f"block-{k}.safetensors").is_file():
-            _block_moments(runner, load(k), k, ids, streams[k], gradients, folder, batch)
+            _block_moments(runner, load(k), k, ids, streams, gradients, folder, batch)
         gradients[k + 1].remove()
         advance()
-    gradients[0].remove()
+    if gradients[0].complete:
+        entering = Moment(gradients[0].shape[-1])
+        for first in range(0, len(ids), batch):
+            entering.add(gradients[0].read(first, batch).flatten(0, 1))
+        write_shard(folder / "embedding.safetensors", {"gradient": entering.mean("the gradient at the embedding")})
+        gradients[0].remove()
+
+
+@dataclass(frozen=True, eq=False)
+class TableMoments:
+    """What the embedding and the head see; `V` vocabulary, `width` of the hidden states.
+
+    Attributes:
+        head_input: second moment of the head's input, (width, width).
+        head_weight: mean probability `E[p (1 - p)]` of every token, (V,): how much an error of its logit counts.
+        embedding_gradient: second moment of the loss gradient at the embedding's output, (width, width).
+        embedding_weight: share of the positions that hold each token, (V,).
+    """
+
+    head_input: Tensor
+    head_weight: Tensor
+    embedding_gradient: Tensor
+    embedding_weight: Tensor
+
+
+def load_table_moments(folder: Path, ids: Tensor) -> TableMoments:
+    """Returns what embedding and head see, over the windows `ids` that gave the gradients."""
+    head, embedding = load_file(folder / "head.safetensors"), load_file(folder / "embedding.safetensors")
+    shares = torch.bincount(ids.flatten().cpu(), minlength=len(head["weight"])).float() / ids.numel()
+    return TableMoments(head["input"], head["weight"], embedding["gradient"], shares)
 
 
 def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:
     """Returns `B` by matrix name inside the block."""
-    return load_file(folder / f"block-{block}.safetensors")
+    return _load(folder, block, "output.")
 
 
-def _head_gradient(runner: BlockRunner, ids: Tensor, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    leaf = hidden.requires_grad_()
+def load_input_moments(folder: Path, block: int) -> dict[str, Tensor]:
+    """Returns `C` by matrix name inside the block, over the windows that gave the gradients; matrices with one input share it."""
+    found = _load(folder, block, "input.")
+    groups: dict[str, str] = json.loads((folder / f"structure-{block}.json").read_text())["inputs"]
+    return {name: found[first] for name, first in groups.items()}
+
+
+def load_hidden_bonds(folder: Path, block: int) -> list[HiddenBond]:
+    """Returns the hidden bonds of a block, with names inside it."""
+    rows = json.loads((folder / f"structure-{block}.json").read_text())["bonds"]
+    return [HiddenBond(tuple(row["writers"]), row["reader"], row["channels"]) for row in rows]
+
+
+def _load(folder: Path, block: int, kind: str) -> dict[str, Tensor]:
+    tensors = load_file(folder / f"block-{block}.safetensors")
+    return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+
+
+def _head_gradients(runner: BlockRunner, ids: Tensor, hidden: Stream, folder: Path, seed: int) -> Iterator[Tensor]:
+    """Yields the gradient at the last hidden states, window by window; at the end writes the moments of the head."""
+    generator = torch.Generator().manual_seed(seed)
+    head = runner.model.get_output_embeddings()
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    C: Moment | None = None
+    weight: Tensor | None = None
+    try:
+        for first in range(len(ids)):
+            leaf = hidden.read(first, 1).to(ids.device).requires_grad_()
+            gradient, spread = _head_gradient(runner, ids[first : first + 1], leaf, generator)
+            rows = seen.pop()
+            C = C or Moment(rows.shape[-1], rows.device)
+            C.add(rows)
+            weight = spread if weight is None else weight + spread
+            yield gradient
+    finally:
+        handle.remove()
+    assert C is not None
+    assert weight is not None
+    write_shard(folder / "head.safetensors", {"input": C.mean("the head"), "weight": weight / ids.numel()})
+
+
+def _head_gradient(runner: BlockRunner, ids: Tensor, leaf: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns the gradient at `leaf`, and the sum of `p (1 - p)` over the tokens, (V,)."""
     logits = runner.logits(ids, leaf).flatten(0, 1).float()
     draws = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    with (
-        torch.no_grad()
-    ):  # inverse of the cumulative distribution: one uniform number a token, the same on every device
-        labels = (logits.softmax(-1).cumsum(-1) < draws).sum(-1).clamp_max(logits.shape[-1] - 1)
+    with torch.no_grad():
+        # inverse of the cumulative distribution: one uniform number a token, the same on every device
+        p = logits.softmax(-1)
+        labels = (p.cumsum(-1) < draws).sum(-1).clamp_max(logits.shape[-1] - 1)
+        spread = (p * (1 - p)).sum(0)
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.autograd.grad(loss, leaf)[0]
+    return torch.autograd.grad(loss, leaf)[0], spread
 
 
 def _block_moments(
@@ -161,19 +252,28 @@ def _block_moments(
     block: nn.Module,
     k: int,
     ids: Tensor,
-    stream: Stream,
+    streams: Sequence[Stream],
     gradients: list[Stream],
     folder: Path,
     batch: int,
 ) -> None:
+    device = block_device(block)
     table = matrices(block)
-    moments = {name: Moment(shape(m)[0], block_device(m)) for name, m in table.items()}
-    handles = [m.register_forward_hook(_watch_gradient(moments[name])) for name, m in table.items()]
+    B = {name: Moment(shape(m)[0], device) for name, m in table.items()}
+    with torch.no_grad():
+        first_window = streams[k].read(0, 1).to(device)
+        groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
+        bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
+    C = [Moment(g.in_features, device) for g in groups]
+    handles = [m.register_forward_hook(_watch_gradient(B[name])) for name, m in table.items()]
 
     def back() -> Iterator[Tensor]:
         for first in range(0, len(ids), batch):
-            leaf = stream.read(first, batch).to(block_device(block)).requires_grad_()
-            out = runner.block(k, ids[first : first + batch], leaf)
+            leaf = streams[k].read(first, batch).to(device).requires_grad_()
+            with capture_inputs(block, groups) as seen:
+                out = runner.block(k, ids[first : first + batch], leaf)
+            for position, rows in seen.items():
+                C[position].add(rows, stream_weights(groups[position], leaf.detach(), out.detach()))
             yield torch.autograd.grad(out, leaf, gradients[k + 1].read(first, batch).to(out.device))[0]
 
     try:
@@ -181,8 +281,11 @@ def _block_moments(
     finally:
         for handle in handles:
             handle.remove()
-    seen = {name: m.mean(name) for name, m in moments.items() if m.seen}
-    write_shard(folder / f"block-{k}.safetensors", seen)
+    found = {f"output.{name}": m.mean(name) for name, m in B.items() if m.seen}
+    found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in zip(groups, C, strict=True) if m.seen}
+    inputs = {name: g.names[0] for g in groups for name in g.names}
+    write_json(folder / f"structure-{k}.json", {"inputs": inputs, "bonds": [asdict(b) for b in bonds]})
+    write_shard(folder / f"block-{k}.safetensors", found)
 
 
 def _watch_gradient(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

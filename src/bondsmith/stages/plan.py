@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites, parse_sites
 
 PIVOT_BYTES = 4  # a gauged network stores the order of its output rows as int32
+FORMAT = 1
 HEADER_BYTES = 160  # of a safetensors file per tensor: name, dtype, shape, offsets
 
 
@@ -25,7 +26,9 @@ class PlanError(ValueError):
 class MatrixPlan:
     """What becomes of one matrix: a network (`sites` and `bonds`) or the dense matrix (`sites` is None), rounded to a `grid` or not.
 
-    `parameters` are stored scalars, `multiply_adds` per token; a dense matrix has O * I of both.
+    `parameters` are stored scalars, `multiply_adds` per token; a dense matrix has O * I of both. `loss` is the predicted loss in nats
+    a token, where there is a prediction. Embedding and head have `block` -1. Where hidden channels are dropped, `kept_rows` (of what
+    writes them) or `kept_columns` (of what reads them) says how many stay, and `sites` belong to the smaller matrix.
     """
 
     name: str
@@ -36,27 +39,84 @@ class MatrixPlan:
     bonds: tuple[int, ...] = ()
     gauge: bool = False
     grid: Grid | None = None
+    loss: float | None = None
+    kept_rows: int | None = None
+    kept_columns: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.out_features if self.kept_rows is None else self.kept_rows
+
+    @property
+    def columns(self) -> int:
+        return self.in_features if self.kept_columns is None else self.kept_columns
 
     @property
     def dense_parameters(self) -> int:
         return self.out_features * self.in_features
 
     @property
+    def untouched(self) -> bool:
+        """True where the matrix stays as it is."""
+        return self.sites is None and self.grid is None and self.shape == (self.out_features, self.in_features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of what is left."""
+        return self.rows, self.columns
+
+    @property
     def parameters(self) -> int:
-        return self.dense_parameters if self.sites is None else self.sites.parameters(self.bonds, self.gauge)
+        return self.rows * self.columns if self.sites is None else self.sites.parameters(self.bonds, self.gauge)
 
     @property
     def multiply_adds(self) -> int:
         if self.sites is None:
-            return self.dense_parameters
+            return self.rows * self.columns
         return self.sites.multiply_adds(self.bonds, self.gauge)
 
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes that are no parameters: the order of rows of a gauged network and the file's tensor headers."""
-        cores = 1 if self.sites is None else self.sites.n
-        pivots = self.out_features * PIVOT_BYTES + HEADER_BYTES if self.gauge else 0
-        return cores * HEADER_BYTES + pivots
+    def bytes(self, itemsize: int) -> int:
+        """Bytes in the weight file at `itemsize` bytes a number that is not rounded: numbers, scales, orders of rows, headers."""
+        shapes = self.stored_shapes()
+        pivots = self.rows * PIVOT_BYTES + HEADER_BYTES if self.gauge else 0
+        if self.grid is None:
+            return self.parameters * itemsize + len(shapes) * HEADER_BYTES + pivots
+        tensors = 2 if self.grid.symmetric else 3
+        return sum(self.grid.packed_bytes(*s) for s in shapes) + len(shapes) * tensors * HEADER_BYTES + pivots
+
+    def stored_shapes(self) -> list[tuple[int, int]]:
+        """Returns the (rows, columns) of every stored matrix: of the dense one, or of the cores as linear layers."""
+        if self.sites is None:
+            return [self.shape]
+        from_right = self.sites.sweeps_from_right(self.bonds)
+        cores = self.sites.core_shapes(self.bonds)
+        shapes = [(a * o, i * b) if from_right else (b * o, i * a) for a, o, i, b in cores]
+        if self.gauge:
+            shapes[:-1] = [(a * o * i - b, b) for a, o, i, b in cores[:-1]]
+        return shapes
+
+    def check(self) -> None:
+        """Raises PlanError unless sites, bonds and grid go with the shape."""
+        for what, kept, features in (
+            ("rows", self.kept_rows, self.out_features),
+            ("columns", self.kept_columns, self.in_features),
+        ):
+            if kept is not None and not (isinstance(kept, int) and 1 <= kept <= features):
+                raise PlanError(f"{self.name}: {kept} of {features} {what} cannot be kept")
+        if self.sites is None:
+            return
+        if (self.sites.out_features, self.sites.in_features) != self.shape:
+            raise PlanError(
+                f"{self.name}: sites {self.sites} multiply to {self.sites.out_features} x {self.sites.in_features}, "
+                f"the matrix is {self.rows} x {self.columns}"
+            )
+        try:
+            clipped = self.sites.clip(self.bonds)
+            self.sites.parameters(clipped, self.gauge)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{self.name}: {error}") from error
+        if clipped != tuple(self.bonds):
+            raise PlanError(f"{self.name}: bonds {list(self.bonds)} are over the exact ones, {list(clipped)}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the entry of `plan.json`."""
@@ -64,8 +124,14 @@ class MatrixPlan:
         if self.sites is not None:
             legs = zip(self.sites.out_legs, self.sites.in_legs, strict=True)
             entry |= {"sites": [list(pair) for pair in legs], "bonds": list(self.bonds), "gauge": self.gauge}
+        if self.kept_rows is not None:
+            entry["rows"] = self.kept_rows
+        if self.kept_columns is not None:
+            entry["columns"] = self.kept_columns
         if self.grid is not None:
             entry["grid"] = self.grid.to_json()
+        if self.loss is not None:
+            entry["loss"] = float(f"{self.loss:.6g}")
         return entry
 
     @classmethod
@@ -74,17 +140,38 @@ class MatrixPlan:
         pairs = entry.get("sites")
         sites = Sites(tuple(o for o, _ in pairs), tuple(i for _, i in pairs)) if pairs else None
         rows, columns = entry["shape"]
-        bonds = tuple(entry.get("bonds", ()))
-        grid = Grid(**entry["grid"]) if entry.get("grid") else None
-        return cls(entry["name"], entry["block"], rows, columns, sites, bonds, bool(entry.get("gauge", False)), grid)
+        return cls(
+            entry["name"],
+            entry["block"],
+            rows,
+            columns,
+            sites,
+            tuple(entry.get("bonds", ())),
+            bool(entry.get("gauge", False)),
+            Grid(**entry["grid"]) if entry.get("grid") else None,
+            entry.get("loss"),
+            entry.get("rows"),
+            entry.get("columns"),
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a whole model: one entry per matrix in depth order, and what is not a matrix."""
+    """The plan of a whole model: one entry per matrix in depth order, and what is not a matrix of a block.
+
+    Attributes:
+        matrices: what becomes of every matrix.
+        other_parameters: stored scalars outside the matrices: embedding, head, norms, biases.
+        tables: embedding and head, where they are rounded.
+        loss: predicted loss in nats a token, or None.
+        gap: how far from the optimum the choice can be at most, relative; None where nothing was chosen.
+    """
 
     matrices: tuple[MatrixPlan, ...]
     other_parameters: int
+    tables: tuple[MatrixPlan, ...] = ()
+    loss: float | None = None
+    gap: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -97,42 +184,102 @@ class Plan:
         return sum(m.parameters for m in self.matrices) / sum(m.dense_parameters for m in self.matrices)
 
     def bytes(self, itemsize: int) -> int:
-        """Size of the weight files, indices and headers included (headers estimated from above)."""
-        return (
-            self.parameters * itemsize + sum(m.extra_bytes for m in self.matrices) + len(self.matrices) * HEADER_BYTES
-        )
+        """Size of the weight files, scales, indices and headers included (headers estimated from above)."""
+        rest = self.other_parameters - sum(t.dense_parameters for t in self.tables)
+        inside = sum(m.bytes(itemsize) + HEADER_BYTES for m in self.matrices)
+        return rest * itemsize + inside + sum(t.bytes(itemsize) for t in self.tables)
 
     def block(self, index: int) -> list[MatrixPlan]:
         """Returns the matrices of one block."""
         return [m for m in self.matrices if m.block == index]
 
     def save(self, path: Path) -> None:
-        """Writes `plan.json`."""
-        rows = ",\n".join("  " + json.dumps(m.to_json()) for m in self.matrices)
-        head = f'{{"format": 1, "other_parameters": {self.other_parameters}, "matrices": [\n'
-        path.write_text(f"{head}{rows}\n]}}\n")
+        """Writes `plan.json`: one line per matrix, to be read, edited and compared."""
+        head: dict[str, Any] = {"format": FORMAT, "other_parameters": self.other_parameters}
+        if self.loss is not None:
+            head |= {"loss": float(f"{self.loss:.6g}"), "gap": self.gap}
+        lists = {"tables": self.tables, "matrices": self.matrices}
+        body = [
+            f'"{name}": [\n' + ",\n".join("  " + json.dumps(m.to_json()) for m in rows) + "\n]"
+            for name, rows in lists.items()
+            if rows
+        ]
+        path.write_text(",\n".join([json.dumps(head)[:-1], *body]) + "}\n")
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Returns the plan of a `plan.json`."""
-        content = json.loads(path.read_text())
-        return cls(tuple(MatrixPlan.from_json(m) for m in content["matrices"]), content["other_parameters"])
+        """Returns the plan of a `plan.json`; PlanError where it cannot be read, naming the entry."""
+        try:
+            content = json.loads(path.read_text())
+            lists = [tuple(_entry(m, path) for m in content.get(k, ())) for k in ("matrices", "tables")]
+            plan = cls(lists[0], content["other_parameters"], lists[1], content.get("loss"), content.get("gap"))
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path} is not a plan: {type(error).__name__}: {error}") from error
+        return plan
+
+    def check(self, shapes: Mapping[str, tuple[int, int, int]], other_parameters: int) -> None:
+        """Raises PlanError unless this plan fits a model; names the first entry that does not.
+
+        Args:
+            shapes: matrix name -> (block, out features, in features) of the model.
+            other_parameters: its stored scalars outside these matrices.
+        """
+        given = {m.name: m for m in self.matrices}
+        for name, (block, rows, columns) in shapes.items():
+            matrix = given.pop(name, None)
+            if matrix is None:
+                raise PlanError(
+                    f"{name}: the model has this matrix, the plan has no entry for it; is it a plan of another model?"
+                )
+            if (matrix.block, matrix.out_features, matrix.in_features) != (block, rows, columns):
+                raise PlanError(
+                    f"{name}: the plan says block {matrix.block}, {matrix.out_features} x {matrix.in_features}, the model has "
+                    f"block {block}, {rows} x {columns}"
+                )
+            matrix.check()
+        if given:
+            raise PlanError(
+                f"{next(iter(given))}: the plan has this matrix, the model has not; is it a plan of another model?"
+            )
+        for table in self.tables:
+            table.check()
+        if self.other_parameters != other_parameters:
+            raise PlanError(
+                f"other_parameters: the plan counts {self.other_parameters}, the model has {other_parameters} outside its matrices"
+            )
 
     def __str__(self) -> str:
         dense = sum(m.sites is None for m in self.matrices)
         before = sum(m.dense_parameters for m in self.matrices)
         work = sum(m.multiply_adds for m in self.matrices) / before
+        loss = "" if self.loss is None else f", predicted loss {self.loss:.4f} nats a token (gap {self.gap or 0:.1g})"
+        bits: dict[str, int] = {}
+        for m in (*self.matrices, *self.tables):
+            if m.grid is not None:
+                bits[str(m.grid)] = bits.get(str(m.grid), 0) + 1
+        rounded = f", rounded: {', '.join(f'{n} x {g}' for g, n in sorted(bits.items()))}" if bits else ""
         return (
             f"{len(self.matrices)} matrices ({dense} stay dense): keep {self.keep:.3f}, "
             f"{self.parameters / 1e6:.1f} M parameters of {(self.other_parameters + before) / 1e6:.1f} M, "
-            f"{work:.2f} of the matrices' multiply-adds"
+            f"{work:.2f} of the matrices' multiply-adds{rounded}{loss}"
         )
 
 
+def _entry(entry: Mapping[str, Any], path: Path) -> MatrixPlan:
+    try:
+        return MatrixPlan.from_json(entry)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise PlanError(f"{path}: entry {entry.get('name', '?')}: {type(error).__name__}: {error}") from error
+
+
 def uniform_plan(
-    shapes: Mapping[str, tuple[int, int, int]], other_parameters: int, recipe: Recipe, itemsize: int
+    shapes: Mapping[str, tuple[int, int, int]],
+    other_parameters: int,
+    recipe: Recipe,
+    itemsize: int,
+    tables: tuple[MatrixPlan, ...] = (),
 ) -> Plan:
-    """Returns the plan in which every matrix keeps the same share of its parameters.
+    """Returns the plan in which every matrix keeps the same share of its parameters, all rounded to the recipe's one grid or not.
 
     Args:
         shapes: matrix name -> (block, out features, in features), in depth order.
@@ -142,24 +289,19 @@ def uniform_plan(
     Raises:
         PlanError: a site shape does not fit a matrix, or the share or size is out of reach.
     """
-    _check_patterns(shapes, recipe)
+    check_patterns(shapes, recipe)
     if recipe.keep is not None:
-        return _plan(shapes, other_parameters, recipe, recipe.keep)
+        return _plan(shapes, other_parameters, recipe, recipe.keep, tables)
     total = other_parameters + sum(o * i for _, o, i in shapes.values())
     budget = parse_bytes(str(recipe.bytes), total)
-    if _plan(shapes, other_parameters, recipe, 1.0).bytes(itemsize) <= budget:
-        return _plan(shapes, other_parameters, recipe, 1.0)
-    return _largest_within(shapes, other_parameters, recipe, itemsize, budget)
-
-
-def _largest_within(
-    shapes: Mapping[str, tuple[int, int, int]], other: int, recipe: Recipe, itemsize: int, budget: int
-) -> Plan:
+    whole = _plan(shapes, other_parameters, recipe, 1.0, tables)
+    if whole.bytes(itemsize) <= budget:
+        return whole
     low, high, best = 0.0, 1.0, None
     for _ in range(24):
         keep = (low + high) / 2
         try:
-            plan = _plan(shapes, other, recipe, keep)
+            plan = _plan(shapes, other_parameters, recipe, keep, tables)
         except PlanError:
             low = keep
             continue
@@ -168,7 +310,7 @@ def _largest_within(
         else:
             high = keep
     if best is None:
-        floor = other * itemsize
+        floor = Plan((), other_parameters, whole.tables).bytes(itemsize)
         raise PlanError(
             f"bytes: {recipe.bytes} is {budget / 1e6:.1f} MB, but embedding, head and norms alone take {floor / 1e6:.1f} MB "
             f"at {itemsize} bytes a parameter; give a larger size or a smaller dtype"
@@ -176,25 +318,36 @@ def _largest_within(
     return best
 
 
-def _check_patterns(shapes: Mapping[str, tuple[int, int, int]], recipe: Recipe) -> None:
+def check_patterns(shapes: Mapping[str, tuple[int, int, int]], recipe: Recipe) -> None:
+    """Raises RecipeError if a pattern of matrices to keep dense matches none."""
     for pattern in recipe.keep_dense:
         if not any(fnmatch(name, pattern) for name in shapes):
             raise RecipeError(f"keep_dense: {pattern!r} matches no matrix; names look like {next(iter(shapes))!r}")
 
 
-def _plan(shapes: Mapping[str, tuple[int, int, int]], other: int, recipe: Recipe, keep: float) -> Plan:
-    return Plan(tuple(_matrix(name, *dims, recipe, keep) for name, dims in shapes.items()), other)
+def _plan(
+    shapes: Mapping[str, tuple[int, int, int]],
+    other: int,
+    recipe: Recipe,
+    keep: float,
+    tables: tuple[MatrixPlan, ...],
+) -> Plan:
+    (grid,) = recipe.grids
+    rounded = tuple(replace(t, grid=grid) for t in tables) if grid is not None else ()
+    return Plan(tuple(_matrix(name, *dims, recipe, keep, grid) for name, dims in shapes.items()), other, rounded)
 
 
-def _matrix(name: str, block: int, rows: int, columns: int, recipe: Recipe, keep: float) -> MatrixPlan:
-    dense = MatrixPlan(name, block, rows, columns)
+def _matrix(
+    name: str, block: int, rows: int, columns: int, recipe: Recipe, keep: float, grid: Grid | None
+) -> MatrixPlan:
+    dense = MatrixPlan(name, block, rows, columns, grid=grid)
     if any(fnmatch(name, pattern) for pattern in recipe.keep_dense):
-        return dense
+        return replace(dense, grid=None)
     try:
         sites = parse_sites(recipe.sites, rows, columns)
         gauge = recipe.gauge and sites.is_matrix_cut
         bonds = sites.bonds_within(int(keep * rows * columns), gauge)
     except ValueError as error:
         raise PlanError(f"{name}: {rows} x {columns} at keep {keep:g}: {error}") from error
-    network = MatrixPlan(name, block, rows, columns, sites, bonds, gauge)
+    network = MatrixPlan(name, block, rows, columns, sites, bonds, gauge, grid)
     return network if network.parameters < dense.parameters else dense

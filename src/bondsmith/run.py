@@ -1,0 +1,361 @@
+"""A run over a model, as far as compressing and profiling go together: opened model, windows of text, gradients, profile, plan.
+
+Everything lies in a directory; each step finds what an earlier run left there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from bondsmith.data import SELF, Windows, read_windows, sample_windows, split_windows
+from bondsmith.model.blocks import BlockRunner, matrices, shape, weight
+from bondsmith.model.checkpoint import write_json, write_shard
+from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, open_source, skeleton, stored_names
+from bondsmith.recipe import Recipe
+from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
+from bondsmith.stages import decompose, moments
+from bondsmith.stages.plan import MatrixPlan, Plan, uniform_plan
+from bondsmith.stages.planning import NO_TABLES, Tables, check_budget, planned
+from bondsmith.stages.profile import Profile, Seen, fast_profile, table_losses
+from bondsmith.stages.streams import Stream
+
+Progress = Callable[[str, float], None]
+FISHER_LEAST = 4096  # tokens, where there are so many
+FISHER_SHARE = 6  # one calibration window in six also gives gradients: a backward pass costs four times a forward pass
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model that is open and whose shapes are known; no weight has been read.
+
+    Attributes:
+        dtype: of the saved weights.
+        shapes: matrix name -> (block, out features, in features), in depth order.
+        other_parameters: stored scalars outside these matrices.
+        tables: embedding, and head where it is not tied, as they would be if kept as they are.
+        tokenizer: None where no text is needed.
+    """
+
+    source: Source
+    runner: BlockRunner
+    dtype: torch.dtype
+    shapes: dict[str, tuple[int, int, int]]
+    other_parameters: int
+    tables: tuple[MatrixPlan, ...]
+    tokenizer: Any
+
+
+@dataclass
+class Run:
+    """One run in its directory; the stages in order. Once `started`, what is there is worth keeping."""
+
+    directory: Path
+    recipe: Recipe
+    progress: Progress
+    command: str
+    started: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        return self.directory / WORK
+
+    def open(self, model: str | Path | PreTrainedModel, text: bool) -> Opened:
+        """Returns the model, opened; `text` says whether a tokenizer is needed."""
+        source = open_source(model, self.work / "source")
+        runner = BlockRunner(skeleton(source.config, device_of(self.recipe)))
+        dtype = source.dtype if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
+        shapes, other = model_shapes(runner)
+        tokenizer = tokenizer_of(model, source) if text else None
+        return Opened(source, runner, dtype, shapes, other, table_plans(runner), tokenizer)
+
+    def first_plan(self, opened: Opened) -> Plan:
+        """Returns the plan if it needs no profile; otherwise, from the shapes alone, one that shows that the budgets can be met."""
+        shapes, other, itemsize = opened.shapes, opened.other_parameters, opened.dtype.itemsize
+        if self.recipe.plan is not None:
+            plan = Plan.load(Path(self.recipe.plan).expanduser())
+            plan.check(shapes, other)
+            return plan
+        tables = opened.tables if self.recipe.rounds else ()
+        if self.recipe.planned:
+            return check_budget(shapes, other, self.recipe, itemsize, Tables(tables, {}))
+        return uniform_plan(shapes, other, self.recipe, itemsize, tables)
+
+    def plan(self, opened: Opened, job: decompose.Job, first: Plan) -> Plan:
+        """Returns the plan to carry out: `first`, or the one that the profile of the model leads to."""
+        path = self.directory / "plan.json"
+        if self.recipe.plan is not None or not self.recipe.planned:
+            first.save(path)
+            return first
+        if not path.is_file():
+            with self.stage("profile"):
+                profile = self.profile(opened, job)
+                tables = self.tables(opened, job) if self.recipe.rounds else NO_TABLES
+            with self.stage("plan"):
+                found = planned(
+                    profile, opened.shapes, opened.other_parameters, self.recipe, opened.dtype.itemsize, tables
+                )
+            found.save(path)
+        return Plan.load(path)
+
+    def profile(self, opened: Opened, job: decompose.Job) -> Profile:
+        """Returns the fast profile of all matrices, from the moments that the gradients stage left."""
+        folder = self.work / "profile"
+        if (folder / "profile.json").is_file():
+            return Profile.load(folder)
+        path, metric = opened.runner.path, self.recipe.metric
+
+        def seen(k: int) -> Seen:
+            for other in range(len(opened.runner)):
+                empty(opened.runner.blocks[other])
+            job.load(k)
+            if metric == "frobenius":
+                return Seen({}, {})
+            prefix, folder = f"{path}.{k}.", self.gradients_folder
+            C = {prefix + n: t for n, t in moments.load_input_moments(folder, k).items()}
+            found = moments.load_output_moments(folder, k) if metric == "loss" else {}
+            bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)] if self.recipe.channels else []
+            free = [b for b in bonds if not any(self.recipe.spares(n) for n in (*b.writers, b.reader))]
+            return Seen(C, {prefix + n: t for n, t in found.items()}, free)
+
+        profile = fast_profile(
+            opened.shapes,
+            lambda name: weight(opened.runner.model.get_submodule(name)),
+            seen,
+            metric=metric,
+            tokens=self.gradient_ids(job).numel() if metric != "frobenius" else 0,
+            damping=self.recipe.damping,
+            group=self.recipe.group,
+            advance=lambda share: self.progress("profile", share),
+        )
+        for other in range(len(opened.runner)):
+            empty(opened.runner.blocks[other])
+        profile.save(folder)
+        return profile
+
+    def tables(self, opened: Opened, job: decompose.Job) -> Tables:
+        """Returns embedding and head with the predicted loss of rounding them."""
+        seen = moments.load_table_moments(self.gradients_folder, self.gradient_ids(job))
+        tied = len(opened.tables) == 1
+        losses = {}
+        for i, table in enumerate(opened.tables):
+            W = weight(opened.runner.model.get_submodule(table.name))
+            losses[table.name] = table_losses(W, seen, self.recipe.grids, embeds=i == 0, predicts=tied or i == 1)
+        return Tables(opened.tables, losses)
+
+    @property
+    def gradients_folder(self) -> Path:
+        """Where the moments of the gradients stage lie."""
+        return self.work / "fisher"
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Logs a stage and keeps its time."""
+        log.info("%s ...", name)
+        self.progress(name, 0.0)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.progress(name, 1.0)
+        log.info("%s: %.1f s", name, self.seconds[name])
+
+    def keep_fingerprint(self, source: Source, evaluate: bool) -> None:
+        """Writes the fingerprint, or compares it with the one found; RunError names what has changed."""
+        now = fingerprint(source, self.recipe, evaluate)
+        path = self.directory / FINGERPRINT
+        if path.is_file():
+            found = changes(json.loads(path.read_text()), now)
+            if found:
+                raise RunError(
+                    f"{self.directory} holds an unfinished run with other settings or files ({'; '.join(found)}): "
+                    "give the same ones, or --overwrite to start anew"
+                )
+        else:
+            write_json(path, now)
+
+    def windows(self, source: Source, tokenizer: Any, evaluate: bool) -> tuple[list[Windows], list[Windows]]:
+        """Returns calibration and held-out windows; made once, then read from `work/windows.safetensors`."""
+        file, notes = self.work / "windows.safetensors", self.work / "windows.json"
+        if not notes.is_file():
+            calibration, held_out = self.make_windows(source, tokenizer, evaluate)
+            write_shard(file, {f"{i}": w.ids for i, w in enumerate([*calibration, *held_out])})
+            rows = [[kind, w.spec, w.documents] for kind, ws in (("c", calibration), ("h", held_out)) for w in ws]
+            write_json(notes, rows)
+        ids = load_file(file)
+        rows = json.loads(notes.read_text())
+        found = [(kind, Windows(spec, ids[f"{i}"], documents)) for i, (kind, spec, documents) in enumerate(rows)]
+        return [w for kind, w in found if kind == "c"], [w for kind, w in found if kind == "h"]
+
+    def make_windows(self, source: Source, tokenizer: Any, evaluate: bool) -> tuple[list[Windows], list[Windows]]:
+        """Reads or samples the windows of all SPECs."""
+        r = self.recipe
+        window = min(r.window, int(getattr(source.config, "max_position_embeddings", r.window)))
+        held = r.evaluation_windows if evaluate else 0
+        specs = tuple(dict.fromkeys(r.calibration)) if r.needs_moments else ()
+        texts = [s for s in specs if s != SELF]
+        tokens = r.tokens * len(texts) // max(1, len(specs))
+        options = {"window": window, "seed": r.seed}
+        calibration, held_out = split_windows(texts, tokenizer, tokens=tokens, held_out=held, **options)
+        own_evaluation = [s for s in r.evaluation if s not in texts and s != SELF]
+        if held:
+            held_out += [read_windows(spec, tokenizer, count=held, **options) for spec in own_evaluation]
+        own = -(-(r.tokens - tokens) // window) if SELF in specs else 0
+        extra = held if SELF in (*specs, *r.evaluation) or (held and not held_out) else 0
+        if own or extra:
+            samples = self.sample(source, tokenizer, own + extra, window)
+            calibration += [Windows(SELF, samples[extra:], own)] if own else []
+            held_out += [Windows(SELF, samples[:extra], extra)] if extra else []
+        return calibration, held_out
+
+    def sample(self, source: Source, tokenizer: Any, count: int, window: int) -> torch.Tensor:
+        """Returns windows that the original model writes itself, shuffled; the whole model is in memory meanwhile."""
+        check_memory(source, 1, "calibrating on the model's own samples", "give a text with --calibration FILE")
+        model = load_whole(source, device_of(self.recipe))
+        samples = sample_windows(
+            model,
+            tokenizer,
+            count=count,
+            window=window,
+            seed=self.recipe.seed,
+            advance=lambda share: self.progress("calibration text", share),
+        )
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.recipe.seed))
+        return samples[order]
+
+    def job(
+        self, source: Source, runner: BlockRunner, plan: Plan, calibration: list[Windows], dtype: torch.dtype
+    ) -> decompose.Job:
+        """Returns the compression job: embedding and head are loaded here."""
+        device = device_of(self.recipe)
+        ids = torch.cat([w.ids for w in calibration]) if calibration else torch.zeros(0, 2, dtype=torch.int64)
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.recipe.seed))
+        outside = [n for n in stored_names(runner.model) if not n.startswith(runner.path + ".")]
+        fill(runner.model, source.read(outside), device)
+        runner.model.tie_weights()
+        width = 0
+        if len(ids):
+            with torch.no_grad():
+                width = runner.enter(ids[:1, :2].to(device)).shape[-1]
+        fisher = self.gradients_folder if self.recipe.metric == "loss" else None
+        batch = max(1, _BATCH_TOKENS // ids.shape[1])
+        return decompose.Job(
+            runner,
+            source,
+            plan,
+            self.recipe,
+            ids[order],
+            self.directory,
+            self.work,
+            fisher,
+            batch,
+            width,
+            device,
+            dtype,
+        )
+
+    def gradient_ids(self, job: decompose.Job) -> torch.Tensor:
+        """Returns the windows that give gradients."""
+        windows, tokens = job.ids.shape
+        return job.ids[: max(windows // FISHER_SHARE, -(-FISHER_LEAST // tokens))].to(job.device)
+
+    def gradients(self, job: decompose.Job) -> None:
+        """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it."""
+        wanted = self.recipe.metric == "loss" or (self.recipe.planned and self.recipe.needs_moments)
+        if not wanted or (job.work / "fisher.done").is_file():
+            return
+        folder = self.gradients_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = self.gradient_ids(job)
+        count = len(job.runner)
+        streams = [Stream(folder / f"hidden-{k}", (*ids.shape, job.width)) for k in range(count + 1)]
+        steps = iter(range(1, 2 * count + 2))
+        with self.stage("gradients"):
+
+            def advance() -> None:
+                self.progress("gradients", next(steps) / (2 * count + 1))
+
+            def load(k: int) -> torch.nn.Module:
+                for other in range(count):
+                    empty(job.runner.blocks[other])
+                return job.load(k)
+
+            moments.block_inputs(job.runner, load, ids, streams, job.batch, advance)
+            moments.output_moments(
+                job.runner, load, ids, streams, folder, batch=job.batch, seed=self.recipe.seed, advance=advance
+            )
+        write_json(job.work / "fisher.done", True)
+        for stream in streams:
+            stream.remove()
+
+
+def model_shapes(runner: BlockRunner) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """Returns matrix name -> (block, out features, in features) in depth order, and the stored scalars outside these matrices."""
+    shapes = {
+        f"{runner.path}.{k}.{name}": (k, *shape(matrix))
+        for k, block in enumerate(runner.blocks)
+        for name, matrix in matrices(block).items()
+    }
+    state = runner.model.state_dict()
+    total = sum(state[name].numel() for name in stored_names(runner.model))
+    return shapes, total - sum(o * i for _, o, i in shapes.values())
+
+
+def table_plans(runner: BlockRunner) -> tuple[MatrixPlan, ...]:
+    """Returns embedding, and head where it has weights of its own, as they are: (vocabulary, width) matrices outside the blocks."""
+    modules = dict(runner.model.named_modules())
+    found = [runner.model.get_input_embeddings(), runner.model.get_output_embeddings()]
+    names = [next(name for name, m in modules.items() if m is module) for module in found if module is not None]
+    kept = [n for n in names if f"{n}.weight" in stored_names(runner.model)]
+    return tuple(MatrixPlan(n, -1, *modules[n].weight.shape) for n in kept)
+
+
+def tokenizer_of(model: str | Path | PreTrainedModel, source: Source) -> Any:
+    if isinstance(model, PreTrainedModel):
+        return load_tokenizer(Path(str(model.name_or_path)))
+    return load_tokenizer(source.path)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    if recipe.device != "auto":
+        return torch.device(recipe.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_disk(directory: Path, plan: Plan, runner: BlockRunner, recipe: Recipe, dtype: torch.dtype) -> None:
+    width = runner.model.get_input_embeddings().weight.shape[1]
+    boundaries = 4 + (len(runner) / FISHER_SHARE if recipe.metric == "loss" else 0)
+    outputs = sum(m.out_features**2 for m in plan.matrices) * 4 if recipe.metric == "loss" else 0
+    inputs = max(sum(m.in_features for m in plan.block(k)) for k in range(len(runner))) if recipe.needs_moments else 0
+    hidden = recipe.tokens * 4 * (width * boundaries + inputs) if recipe.needs_moments else 0
+    needed = int(plan.bytes(dtype.itemsize) + hidden + outputs)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise RunError(
+            f"{directory}: about {needed / 1e6:.1f} MB are needed until the end (weights {plan.bytes(dtype.itemsize) / 1e6:.1f}, "
+            f"hidden states {hidden / 1e6:.1f}, gradients {outputs / 1e6:.1f}), {free / 1e6:.1f} MB are free: make room, "
+            "choose another --out or fewer --tokens"
+        )
+
+
+def check_memory(source: Source, copies: int, purpose: str, remedy: str) -> None:
+    files = {file for file, _ in source.places.values()}  # of a GGUF file: the rewritten copy
+    parameters = sum(file.stat().st_size for file in files) / source.dtype.itemsize
+    needed = copies * 4 * parameters
+    free = psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        raise RunError(
+            f"{purpose} needs the whole model in memory ({needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free): {remedy}"
+        )

@@ -1,0 +1,256 @@
+"""Choose one candidate per matrix: the exact minimum of a sum under budgets on other sums.
+
+A multiple-choice knapsack with alternatives. An item is decided in one of several ways; a way has members, and every member (a matrix)
+takes one of its candidates. Each candidate has an amount of every quantity (`loss`, `parameters`, `bytes`, `multiply_adds`). One of them is
+minimised, others have budgets. HiGHS (through scipy) solves it by branch and bound and proves how far it can be from the optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Amounts = Mapping[str, Floats]
+_FULL = 1 - 2e-6  # HiGHS takes a budget as met when it is passed by a millionth
+
+
+class InfeasibleError(ValueError):
+    """No choice meets the budgets; `quantity` is the one that cannot be met, `least` the smallest reachable amount."""
+
+    def __init__(self, quantity: str, budget: float, least: float):
+        super().__init__(f"{quantity}: a budget of {budget:g} cannot be met, the least reachable is {least:g}")
+        self.quantity, self.budget, self.least = quantity, budget, least
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to decide an item: the candidates of each member, and a loss that comes with the way itself."""
+
+    members: tuple[Amounts, ...]
+    loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way taken for every item and the candidate of each of its members; totals; how far from optimal it can be at most.
+
+    `gap` is relative: (value found - value proved) / value found; 0 is a proved optimum.
+    """
+
+    ways: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    totals: Mapping[str, float]
+    gap: float
+
+
+def choose(
+    items: Sequence[Sequence[Way]],
+    budgets: Mapping[str, float],
+    minimise: str = "loss",
+    *,
+    gap: float = 1e-4,
+    seconds: float = 20.0,
+) -> Choice:
+    """Returns the choice with the least total of `minimise` among those within all `budgets`.
+
+    Args:
+        items: the ways of every item.
+        budgets: quantity -> largest total allowed.
+        gap: stop once the found value is proved to be within this share of the optimum.
+        seconds: stop then at the latest, with the best found.
+
+    Raises:
+        InfeasibleError: nothing meets the budgets.
+
+    >>> import numpy as np
+    >>> item = [Way(({"loss": np.array([0.0, 1.0, 3.0]), "bytes": np.array([8.0, 4.0, 2.0])},))]
+    >>> choose([item, item], {"bytes": 12}).candidates in [((0,), (1,)), ((1,), (0,))]
+    True
+    """
+    problem = _Problem.build(items, budgets, minimise)
+    bound, reduced = problem.relax()
+    room = max(1e-3 * abs(bound), 1e-12)
+    while True:
+        columns = problem.near(reduced, room)
+        x, value, proved = problem.branch_and_bound(columns, gap, seconds)
+        everything = len(columns) == len(problem.cost)
+        if x is not None and (value <= bound + room or everything):
+            break
+        if everything:
+            raise InfeasibleError(*problem.tightest())
+        room *= 10
+    proved = max(bound, min(proved, np.inf if everything else bound + room))
+    return problem.read(items, x, max(0.0, (value - proved) / max(abs(value), 1e-300)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """One column per candidate and per way: its cost, its amounts as shares of the budgets, and what it belongs to.
+
+    Attributes:
+        place: of candidates (item, way, member, index), of ways (item, way, -1, -1).
+        group: number of the member that a candidate belongs to; of ways, of its item.
+        way: number of the way of every column.
+    """
+
+    cost: Floats
+    amounts: Floats
+    place: NDArray[np.int64]
+    group: NDArray[np.int64]
+    way: NDArray[np.int64]
+    budgets: Mapping[str, float]
+
+    @classmethod
+    def build(cls, items: Sequence[Sequence[Way]], budgets: Mapping[str, float], minimise: str) -> _Problem:
+        costs, amounts, places, groups, ways = [], [], [], [], []
+        group, number = len(items), 0
+        for i, item in enumerate(items):
+            for w, way in enumerate(item):
+                own = {"loss": way.loss}
+                costs.append(np.array([own.get(minimise, 0.0)]))
+                amounts.append(np.array([[own.get(q, 0.0)] for q in budgets]).reshape(len(budgets), 1))
+                places.append(np.array([[i, w, -1, -1]]))
+                groups.append(np.array([i]))
+                ways.append(np.array([number]))
+                for m, member in enumerate(way.members):
+                    useful = _undominated(member, {minimise, *budgets})
+                    costs.append(member[minimise][useful])
+                    amounts.append(np.stack([member[q][useful] for q in budgets]).reshape(len(budgets), -1))
+                    places.append(np.stack([np.full_like(useful, v) for v in (i, w, m)] + [useful], 1))
+                    groups.append(np.full(len(useful), group))
+                    ways.append(np.full(len(useful), number))
+                    group += 1
+                number += 1
+        scale = np.array([max(abs(b), 1e-300) for b in budgets.values()]).reshape(-1, 1)
+        shares = np.concatenate(amounts, 1) / scale
+        columns = np.concatenate(places), np.concatenate(groups), np.concatenate(ways)
+        return cls(np.concatenate(costs), shares, *columns, budgets)
+
+    @property
+    def is_way(self) -> NDArray[np.bool_]:
+        """Which columns are ways."""
+        marks: NDArray[np.bool_] = self.place[:, 2] < 0
+        return marks
+
+    @property
+    def scale(self) -> float:
+        """What costs are divided by for the solver."""
+        return float(np.abs(self.cost).max()) or 1.0
+
+    def equalities(self, columns: NDArray[np.int64]) -> tuple[Any, Floats]:
+        """Returns the constraints: of every item one way; of every member of a way one candidate, if the way is taken."""
+        from scipy.sparse import csr_array
+
+        is_way = self.is_way[columns]
+        rows, signs = [self.group[columns]], [np.ones(len(columns))]
+        entries = [np.arange(len(columns))]
+        ways = np.flatnonzero(is_way)
+        position = {int(self.way[columns[c]]): int(c) for c in ways}
+        members = sorted({(int(g), int(w)) for g, w in zip(self.group[columns], self.way[columns], strict=True)} - {
+            (int(self.group[columns[c]]), int(self.way[columns[c]])) for c in ways
+        })  # fmt: skip
+        rows.append(np.array([g for g, _ in members], dtype=np.int64))
+        entries.append(np.array([position[w] for _, w in members], dtype=np.int64))
+        signs.append(-np.ones(len(members)))
+        used, numbers = np.unique(np.concatenate(rows), return_inverse=True)
+        matrix = csr_array((np.concatenate(signs), (numbers, np.concatenate(entries))), shape=(len(used), len(columns)))
+        items = int(self.place[:, 0].max()) + 1
+        return matrix, (used < items).astype(np.float64)
+
+    def relax(self) -> tuple[float, Floats]:
+        """Returns the value of the linear relaxation, and per column by how much the bound rises if it must be used."""
+        from scipy.optimize import linprog
+
+        matrix, right = self.equalities(np.arange(len(self.cost)))
+        limits = np.full(len(self.amounts), _FULL)
+        cost = self.cost / self.scale
+        found = linprog(cost, self.amounts, limits, matrix, right, bounds=(0, 1), method="highs")
+        if found.x is None:
+            raise InfeasibleError(*self.tightest())
+        prices = np.maximum(0.0, -found.ineqlin.marginals)
+        least, reduced = self._least(cost + prices @ self.amounts)
+        return float(least - _FULL * prices.sum()), reduced
+
+    def _least(self, priced: Floats) -> tuple[float, Floats]:
+        """Returns the least total of `priced` with no budget, and by how much it rises when a column must be used."""
+        own = ~self.is_way
+        best = np.full(int(self.group.max()) + 1, np.inf)
+        np.minimum.at(best, self.group[own], priced[own])
+        totals = np.zeros(int(self.way.max()) + 1)
+        np.add.at(totals, self.way[self.is_way], priced[self.is_way])
+        members = np.unique(np.stack([self.group[own], self.way[own]], 1), axis=0)
+        np.add.at(totals, members[:, 1], best[members[:, 0]])
+        items = np.full(int(self.place[:, 0].max()) + 1, np.inf)
+        item_of_way = np.zeros(len(totals), dtype=np.int64)
+        item_of_way[self.way] = self.place[:, 0]
+        np.minimum.at(items, item_of_way, totals)
+        rise = (totals - items[item_of_way])[self.way]
+        rise[own] += priced[own] - best[self.group[own]]
+        return float(items.sum()), rise
+
+    def near(self, reduced: Floats, room: float) -> NDArray[np.int64]:
+        """Returns the columns that a choice within `room` of the bound can use."""
+        return np.flatnonzero(reduced <= room)
+
+    def branch_and_bound(
+        self, columns: NDArray[np.int64], gap: float, seconds: float
+    ) -> tuple[NDArray[np.int64] | None, float, float]:
+        """Returns the columns taken, their cost, and the cost proved to be least (both scaled); None where there is no choice."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        matrix, right = self.equalities(columns)
+        cost = self.cost[columns] / self.scale
+        found = milp(
+            cost,
+            integrality=np.ones(len(columns)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(matrix, right, right),
+                LinearConstraint(self.amounts[:, columns], -np.inf, _FULL),
+            ],
+            options={"mip_rel_gap": gap, "time_limit": seconds},
+        )
+        if found.x is None:
+            return None, np.inf, np.inf
+        taken = np.flatnonzero(found.x > 0.5)
+        return columns[taken], float(cost[taken].sum()), float(found.mip_dual_bound)
+
+    def read(self, items: Sequence[Sequence[Way]], columns: NDArray[np.int64], gap: float) -> Choice:
+        """Returns the choice that the taken columns stand for."""
+        ways = [0] * len(items)
+        picked: list[dict[int, int]] = [{} for _ in items]
+        for i, w, m, index in self.place[columns].tolist():
+            if m < 0:
+                ways[i] = w
+            else:
+                picked[i][m] = index
+        candidates = tuple(tuple(own[m] for m in sorted(own)) for own in picked)
+        quantities = items[0][0].members[0] if items else {}
+        totals = dict.fromkeys(quantities, 0.0)
+        for item, w, own in zip(items, ways, candidates, strict=True):
+            for q in totals:
+                totals[q] += sum(float(m[q][c]) for m, c in zip(item[w].members, own, strict=True))
+            if "loss" in totals:
+                totals["loss"] += item[w].loss
+        return Choice(tuple(ways), candidates, totals, gap)
+
+    def tightest(self) -> tuple[str, float, float]:
+        """Returns the quantity with the least room, its budget, and the least it can be with no other budget."""
+        least = {q: self._least(self.amounts[i])[0] for i, q in enumerate(self.budgets)}
+        quantity = max(least, key=lambda q: least[q])
+        return quantity, self.budgets[quantity], least[quantity] * max(abs(self.budgets[quantity]), 1e-300)
+
+
+def _undominated(item: Amounts, quantities: set[str]) -> NDArray[np.int64]:
+    """Returns the candidates that no other one beats in all `quantities` (of equal ones the first)."""
+    values = np.stack([item[q] for q in sorted(quantities)], 1)
+    order = np.lexsort(values.T[::-1])
+    values = values[order]
+    beats = (values[:, None] <= values[None]).all(-1)
+    first = np.triu(beats, 1).any(0)
+    return np.sort(order[~first])
