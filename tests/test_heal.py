@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(path / "model")
     write_text(path / "text.txt", 8000)
     shared = {"evaluation": [str(path / "text.txt")], "window": 64, "evaluation_windows": 2}
-    bondsmith.compress(path / "model", path / "small", keep=0.3, metric="frobenius", **shared)
+    bondsmith.compress(path / "model", path / "small", keep=0.3, uniform=True, metric="frobenius", **shared)
     return path
 
 

@@ -44,7 +44,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("processes")
     save_tiny(path / "model", tie_word_embeddings=True)
     write_text(path / "text.txt", 8000)
-    bondsmith.compress(path / "model", path / "small", keep=0.3, metric="frobenius", window=64, evaluate=False)
+    bondsmith.compress(
+        path / "model", path / "small", keep=0.3, uniform=True, metric="frobenius", window=64, evaluate=False
+    )
     for file in (path / "model").glob("*token*"):
         (path / "small" / file.name).write_bytes(file.read_bytes())
     (path / "dies.py").write_text(DIES)
