@@ -10,24 +10,46 @@ import bondsmith.model.hub  # noqa: F401  registers the quantizer, so that from_
 from bondsmith._version import __version__
 
 if TYPE_CHECKING:
+    from bondsmith.healing import Healed, heal
     from bondsmith.model.hub import load
     from bondsmith.model.source import ModelError
     from bondsmith.nn.linear import MPOLinear
+    from bondsmith.nn.packed import PackedEmbedding, PackedLinear
     from bondsmith.pipeline import Compressed, compress
     from bondsmith.recipe import Recipe
     from bondsmith.stages.plan import Plan
+    from bondsmith.tensor.rounding import Grid
 
 _HOMES = {
     "Compressed": "bondsmith.pipeline",
+    "Healed": "bondsmith.healing",
     "MPOLinear": "bondsmith.nn.linear",
+    "Grid": "bondsmith.tensor.rounding",
     "ModelError": "bondsmith.model.source",
+    "PackedEmbedding": "bondsmith.nn.packed",
+    "PackedLinear": "bondsmith.nn.packed",
     "Plan": "bondsmith.stages.plan",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
+    "heal": "bondsmith.healing",
     "load": "bondsmith.model.hub",
 }
 
-__all__ = ["Compressed", "MPOLinear", "ModelError", "Plan", "Recipe", "__version__", "compress", "load"]
+__all__ = [
+    "Compressed",
+    "Grid",
+    "Healed",
+    "MPOLinear",
+    "ModelError",
+    "PackedEmbedding",
+    "PackedLinear",
+    "Plan",
+    "Recipe",
+    "__version__",
+    "compress",
+    "heal",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,68 @@ def trace_groups(block: nn.Module, run: Callable[[], Tensor]) -> list[Group]:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+@dataclass(frozen=True)
+class HiddenBond:
+    """The hidden channels between matrices of a block: `writers` give them, an elementwise function passes them on, `reader` takes them.
+
+    A writer has `channels` rows, or a multiple where several are fused into one (gate and up).
+    """
+
+    writers: tuple[str, ...]
+    reader: str
+    channels: int
+
+    def inside(self, prefix: str) -> HiddenBond:
+        """Returns the bond with `prefix` before all names."""
+        return HiddenBond(tuple(prefix + name for name in self.writers), prefix + self.reader, self.channels)
+
+    def rows(self, kept: Tensor, out_features: int) -> Tensor:
+        """Returns the rows of a writer of `out_features` rows that belong to the `kept` channels."""
+        copies = out_features // self.channels
+        return torch.cat([kept + copy * self.channels for copy in range(copies)])
+
+
+@torch.no_grad()
+def find_hidden_bonds(block: nn.Module, groups: list[Group], run: Callable[[], Tensor]) -> list[HiddenBond]:
+    """Returns the bonds of a block whose channels can be dropped one by one; `run` gives the hidden state that leaves it.
+
+    That a channel reaches only its own column of the reader's input is tried: every other one is scaled in the writers, and the rest
+    must stay as it was. An MLP passes, attention does not.
+    """
+    found = []
+    for before, group in pairwise(groups):
+        reader, table = group.names[0], matrices(block)
+        sizes = [shape(table[name])[0] for name in before.names]
+        alone = len(group.names) == 1 and group.every_token and before.every_token
+        if alone and all(size % group.in_features == 0 for size in sizes):
+            bond = HiddenBond(before.names, reader, group.in_features)
+            if _channels_are_apart(block, bond, group, run):
+                found.append(bond)
+    return found
+
+
+def _channels_are_apart(block: nn.Module, bond: HiddenBond, group: Group, run: Callable[[], Tensor]) -> bool:
+    odd = torch.arange(1, bond.channels, 2)
+    if not len(odd):
+        return False
+    writers = [block.get_submodule(name) for name in bond.writers]
+    rows = [bond.rows(odd, shape(m)[0]) for m in writers]
+    with capture_inputs(block, [group]) as seen:
+        run()
+        plain = seen[0].clone()
+        saved = [weight(m)[r].clone() for m, r in zip(writers, rows, strict=True)]
+        for m, r in zip(writers, rows, strict=True):
+            weight(m)[r] *= 1.5
+        try:
+            run()
+            scaled = seen[0]
+        finally:
+            for m, r, values in zip(writers, rows, saved, strict=True):
+                weight(m)[r] = values
+    changed = (scaled - plain).abs().amax(0) > 1e-5 * plain.abs().max()
+    return not changed[::2].any() and bool(changed[1::2].any())
 
 
 class _ReachedError(Exception):

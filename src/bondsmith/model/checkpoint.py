@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from bondsmith.model import digest
 from bondsmith.model.hub import FORMAT, METHOD
 from bondsmith.model.source import ModelError, Source
 
@@ -75,10 +76,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one weight file atomically; the same tensors give the same bytes."""
+    """Writes one weight file atomically, with a checksum of every tensor; the same tensors give the same bytes."""
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic(path) as partial:
-        save_file(ready, partial, metadata={"format": "pt"})
+        save_file(ready, partial, metadata={"format": "pt"} | digest.metadata(ready))
 
 
 def write_index(directory: Path, shards: list[str]) -> int:
@@ -93,7 +94,11 @@ def write_index(directory: Path, shards: list[str]) -> int:
 
 
 def write_config(
-    directory: Path, source: Source, networks: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+    directory: Path,
+    source: Source,
+    networks: Mapping[str, Mapping[str, Any]],
+    dtype: torch.dtype,
+    packed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes config.json (last: it makes the directory a model), generation settings, tokenizer and the loading shim."""
     config = source.config.__class__.from_dict(source.config.to_dict())
@@ -105,6 +110,7 @@ def write_config(
         "format": FORMAT,
         "weights_file": INDEX,
         "networks": {name: dict(network) for name, network in networks.items()},
+        "packed": {name: dict(grid) for name, grid in (packed or {}).items()},
     }
     config.auto_map = {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.Bondsmith{architecture}"}
     write_text(directory / SHIM, _SHIM_CODE.format(architecture=architecture))

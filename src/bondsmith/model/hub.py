@@ -9,36 +9,51 @@ are resolved before the quantizer sees the model, so the right name is put into 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bondsmith.model.blocks import shape
+from bondsmith.model.digest import check_files, metadata
+from bondsmith.model.source import skeleton
 from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, half_scales
+from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
 
 METHOD = "bondsmith"
-FORMAT = 1
+FORMAT = 2  # 2 brought packed modules and checksums; 1 still loads
 
 
 @register_quantization_config(METHOD)
 class BondsmithConfig(QuantizationConfigMixin):
-    """The networks of a compressed model: module name -> {"sites": [[o, i], ...], "bonds": [...], "gauge": bool}.
+    """What became of the matrices of a compressed model.
 
-    `weights_file` is the file (or index) that holds the weights; None means the usual names of transformers.
+    Args:
+        networks: module name -> {"sites": [[o, i], ...], "bonds": [...], "gauge": bool}.
+        weights_file: the file (or index) that holds the weights; None means the usual names of transformers.
+        packed: module name -> grid ({"bits": 4, "group": 64, ...}), for dense matrices, cores of networks (`NAME.cores.K`)
+            and the embedding.
     """
 
     def __init__(
-        self, networks: Mapping[str, Mapping[str, Any]] | None = None, weights_file: str | None = None, **kwargs: Any
+        self,
+        networks: Mapping[str, Mapping[str, Any]] | None = None,
+        weights_file: str | None = None,
+        packed: Mapping[str, Mapping[str, Any]] | None = None,
+        **kwargs: Any,
     ):
         self.quant_method = METHOD
         self.format = int(kwargs.pop("format", FORMAT))
         self.networks = {name: dict(network) for name, network in (networks or {}).items()}
+        self.packed = {name: dict(grid) for name, grid in (packed or {}).items()}
         self.weights_file = weights_file
         if self.format > FORMAT:
             raise ValueError(
@@ -53,6 +68,7 @@ class BondsmithConfig(QuantizationConfigMixin):
             "format": self.format,
             "weights_file": self.weights_file,
             "networks": self.networks,
+            "packed": self.packed,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -74,38 +90,55 @@ class BondsmithQuantizer(HfQuantizer):
         config.transformers_weights = self.quantization_config.weights_file
         return config
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        networks = self.quantization_config.networks
-        replace_matrices(model, networks)
-        for name in networks:  # GPT-2 initialises `self.c_proj.weight` from the parent, even of a model that is loaded
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        config = self.quantization_config
+        replaced = {**config.networks, **config.packed}
+        replace_matrices(model, config.networks, config.packed)
+        if checkpoint_files:
+            packed = _state_names(model, config.packed)
+            check_files(checkpoint_files, [*_state_names(model, config.networks), *packed], packed)
+        for name in replaced:  # GPT-2 initialises `self.c_proj.weight` from the parent, even of a model that is loaded
             parent = model.get_submodule(name.rpartition(".")[0])
             if not parent._buffers:
                 parent._is_hf_initialized = True
-        if networks:
+        if replaced:
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(_guard(networks))}
+            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(_guard(replaced))}
         return model
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Called by `save_pretrained`: from here on the files carry transformers' own names, and a guard against plain loading."""
+        config = self.quantization_config
         model.config.quantization_config.weights_file = None
-        if getattr(model, "_hf_peft_config_loaded", False) or not self.quantization_config.networks:
+        replaced = {**config.networks, **config.packed}
+        if getattr(model, "_hf_peft_config_loaded", False) or not replaced:
             return None, {}
-        return model.state_dict() | {_guard(self.quantization_config.networks): torch.empty(0)}, {}
+        state = half_scales(model, model.state_dict())
+        packed = {name: state[name] for name in _state_names(model, config.packed)}
+        return state | {_guard(replaced): torch.empty(0)}, metadata(packed)
 
     def is_serializable(self) -> bool:
         """Returns True: `save_pretrained` works."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        plain: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        like: torch.dtype = plain or _dtype(model)
+        networks = tuple(name + "." for name, m in model.named_modules() if isinstance(m, MPOLinear))
+        original = skeleton(model.config.__class__.from_dict(model.config.to_dict() | {"quantization_config": None}))
         for name, module in list(model.named_modules()):
-            if isinstance(module, MPOLinear):
-                model.set_submodule(name, module.materialise())
+            if isinstance(module, MPOLinear | PackedLinear) and not name.startswith(networks):
+                linear = module.materialise(like)
+                model.set_submodule(name, as_conv1d(linear) if isinstance(_module(original, name), Conv1D) else linear)
+            elif isinstance(module, PackedEmbedding):
+                unpack_embedding(model, name, like)
         model.config.__dict__.pop("transformers_weights", None)
         model.config.__dict__.pop("auto_map", None)
-        return model if dtype is None else model.to(dtype)
+        return model if plain is None else model.to(plain)
 
 
 def load(directory: str | Path, **options: Any) -> PreTrainedModel:
@@ -113,13 +146,12 @@ def load(directory: str | Path, **options: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, **options)
 
 
-def replace_matrices(model: nn.Module, networks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replaces the named matrices of `model` by `MPOLinear` modules of the same device and dtype, without weights."""
+def replace_matrices(
+    model: nn.Module, networks: Mapping[str, Mapping[str, Any]], packed: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Replaces the named matrices of `model` by `MPOLinear` and packed modules of the same device and dtype, without weights."""
     for name, network in networks.items():
-        try:
-            old = model.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(f"{name}: the model has no such module, but its quantization_config names it") from error
+        old = _module(model, name)
         legs = network["sites"]
         like = next(old.parameters())
         sites = Sites(tuple(o for o, _ in legs), tuple(i for _, i in legs))
@@ -132,6 +164,74 @@ def replace_matrices(model: nn.Module, networks: Mapping[str, Mapping[str, Any]]
             dtype=like.dtype,
         )
         model.set_submodule(name, layer)
+    for name, grid in (packed or {}).items():
+        old = _module(model, name)
+        if isinstance(old, nn.Embedding):
+            pack_embedding(model, name, PackedEmbedding(old, Grid(**grid), old.weight.device))
+        else:
+            rows, columns = shape(old)
+            like = next(old.parameters())
+            bias = getattr(old, "bias", None) is not None
+            layer_packed = PackedLinear(columns, rows, Grid(**grid), bias=bias, device=like.device, dtype=like.dtype)
+            model.set_submodule(name, layer_packed)
+
+
+def pack_embedding(model: nn.Module, name: str, embedding: PackedEmbedding) -> None:
+    """Puts a packed embedding in the place of the one called `name`; heads that are tied to it share it from then on."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    heads = [target for target, source in tied.items() if source == f"{name}.weight"]
+    model.set_submodule(name, embedding)
+    for target in heads:
+        head = target.removesuffix(".weight")
+        model.set_submodule(head, PackedHead(embedding, getattr(model.get_submodule(head), "bias", None)))
+        del tied[target]
+    if heads:  # of this model only; transformers looks both tables up
+        keys: dict[str, str] = dict(getattr(model, "_tied_weights_keys", None) or {})
+        vars(model)["_tied_weights_keys"] = {k: v for k, v in keys.items() if k not in heads}
+
+
+def unpack_embedding(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Puts the ordinary embedding back in the place of the packed one called `name`, and ordinary heads that share its weight."""
+    packed = model.get_submodule(name)
+    assert isinstance(packed, PackedEmbedding)
+    plain = packed.materialise(dtype)
+    model.set_submodule(name, plain)
+    for head, module in list(model.named_modules()):
+        if isinstance(module, PackedHead) and module.embedding is packed:
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = plain.weight
+            linear.register_parameter("bias", module.bias)
+            model.set_submodule(head, linear)
+    if "_tied_weights_keys" in vars(model) and isinstance(model, PreTrainedModel):
+        del vars(model)["_tied_weights_keys"]
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def packed_section(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns the entry `packed` of the configuration of a model whose modules are packed already."""
+    return {name: dict(m.grid.to_json()) for name, m in model.named_modules() if isinstance(m, PackedMatrix)}
+
+
+def as_conv1d(linear: nn.Linear) -> Conv1D:
+    """Returns GPT-2's kind of linear layer, whose weight is the transpose."""
+    conv = Conv1D(linear.out_features, 1)
+    conv.nx, conv.weight, conv.bias = linear.in_features, nn.Parameter(linear.weight.T.contiguous()), linear.bias
+    return conv
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"{name}: the model has no such module, but its quantization_config names it") from error
+
+
+def _state_names(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    return [f"{name}.{leaf}" for name in modules for leaf in model.get_submodule(name).state_dict()]
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def attach(model: PreTrainedModel, config: BondsmithConfig) -> PreTrainedModel:
@@ -143,5 +243,5 @@ def attach(model: PreTrainedModel, config: BondsmithConfig) -> PreTrainedModel:
     return model
 
 
-def _guard(networks: Mapping[str, Any]) -> str:
-    return next(iter(networks)) + ".weight"
+def _guard(replaced: Mapping[str, Any]) -> str:
+    return next(iter(replaced)) + ".weight"

@@ -23,6 +23,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bondsmith.model import digest
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD_BYTES = 2 * 1024**3
 
@@ -54,7 +56,7 @@ class Source:
     stored_bytes: int
 
     def read(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """Returns the named parameters as fresh tensors of `dtype` (integers keep theirs); refuses NaN and infinities."""
+        """Returns the named parameters as fresh tensors of `dtype` (integers keep theirs); refuses NaN, infinities, wrong checksums."""
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             file, key = self.places[name]
@@ -64,6 +66,7 @@ class Source:
             with safe_open(file, framework="pt") as handle:
                 for name, key in keys:
                     stored = handle.get_tensor(key)
+                    digest.check(key, stored, handle.metadata(), file)
                     tensor = stored.to(dtype, copy=True) if stored.is_floating_point() else stored.clone()
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         bad = int((~torch.isfinite(tensor)).sum())
@@ -101,15 +104,19 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.d
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
         else:
-            owner._buffers[leaf] = tensor.to(device)
+            old = getattr(owner, leaf, None)
+            setattr(owner, leaf, tensor.to(device, tensor.dtype if old is None else old.dtype))
 
 
 def empty(module: nn.Module) -> None:
-    """Sends the parameters of `module` back to the meta device; their memory is free again. Buffers stay."""
+    """Sends the parameters and saved buffers of `module` back to the meta device; their memory is free again. Tables stay."""
     for owner in module.modules():
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and leaf not in owner._non_persistent_buffers_set:
+                owner._buffers[leaf] = buffer.to("meta")
 
 
 def load_whole(source: Source, device: torch.device | str = "cpu") -> PreTrainedModel:

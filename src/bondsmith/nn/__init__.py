@@ -1,5 +1,6 @@
 """Modules that run networks."""
 
 from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear
 
-__all__ = ["MPOLinear"]
+__all__ = ["MPOLinear", "PackedEmbedding", "PackedHead", "PackedLinear"]

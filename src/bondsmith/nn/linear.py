@@ -5,7 +5,7 @@
   decides.
 - Training keeps the input and, of a matrix cut, the bond; longer chains and built matrices are computed again in
   backward.
-- A core that somebody wrapped or hooked is always called, never read past.
+- A core that somebody wrapped or hooked is always called, never read past. A core may be a `PackedLinear`.
 
 Legend: `T` tokens, `O`/`I` features, `k` the bond of a matrix cut, `a, b` bonds, `o, i` legs.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from bondsmith.nn.packed import PackedLinear
 from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
 from bondsmith.tensor.gauge import left_factor, pivot
 from bondsmith.tensor.mpo import MPO, fold
@@ -123,22 +124,30 @@ class MPOLinear(nn.Module):
             return y
         return self._forward_network(x)
 
-    def to_matrix(self) -> Tensor:
-        """The `(O, I)` matrix, differentiable in the cores, with whatever adapters they carry."""
-        weights = [_weight_of(core) for core in self.cores]
+    def to_matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The `(O, I)` matrix, differentiable in the cores, with whatever adapters they carry; packed cores in `dtype`."""
+        weights = [_weight_of(core, dtype) for core in self.cores]
         if self._is_cut:
             left = weights[0] if self.pivots is None else left_factor(weights[0], self.pivots)
             matrix: Tensor = left @ weights[1]
             return matrix
-        cores = self._pivoted_cores() if self.pivots is not None else []
+        cores = self._pivoted_cores(dtype) if self.pivots is not None else []
         for k in range(len(cores), self.sites.n):
             cores.append(weight_to_core(weights[k], self._shapes[k], self._from_right))
         return fold(cores)
 
     @torch.no_grad()
-    def materialise(self) -> nn.Linear:
-        """An ordinary `nn.Linear` with the same matrix and bias."""
-        weight = self.to_matrix()
+    def to_mpo(self) -> MPO:
+        """The network with all numbers of every core, detached; adapters are left out."""
+        cores = self._pivoted_cores(None) if self.pivots is not None else []
+        for k in range(len(cores), self.sites.n):
+            cores.append(weight_to_core(_stored(self.cores[k]), self._shapes[k], self._from_right))
+        return MPO(tuple(core.detach() for core in cores))
+
+    @torch.no_grad()
+    def materialise(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary `nn.Linear` with the same matrix and bias; `dtype` is that of packed cores, float32 by default."""
+        weight = self.to_matrix(dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight)
         linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.detach().clone()))
@@ -157,27 +166,27 @@ class MPOLinear(nn.Module):
         if pivots is None:
             y = first(z)
         elif x.numel() < self._gather_below or not _is_plain(first):
-            y = torch.cat((z, first(z)), -1).index_select(-1, pivots)
+            y = _Reorder.apply(torch.cat((z, first(z)), -1), pivots)
         else:
             y = F.linear(z, left_factor(_stored(first), pivots))
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)  # under autocast as nn.Linear
 
     def _forward_network(self, x: Tensor) -> Tensor:
-        if x.numel() >= self._materialise_from and all(_is_plain(core) for core in self.cores):
-            return F.linear(x, self.to_matrix(), self.bias)
+        if x.numel() >= self._materialise_from and all(_is_readable(core) for core in self.cores):
+            return F.linear(x, self.to_matrix(x.dtype), self.bias)
         layers: list[Callable[[Tensor], Tensor]] = list(self.cores)
         if self.pivots is not None:
-            weights = [core_to_weight(core, self._from_right) for core in self._pivoted_cores()]
+            weights = [core_to_weight(core, self._from_right) for core in self._pivoted_cores(x.dtype)]
             layers[:-1] = [partial(F.linear, weight=weight) for weight in weights]
         y = sweep(self.sites, self.bonds, layers, x, self._from_right)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _pivoted_cores(self) -> list[Tensor]:
+    def _pivoted_cores(self, dtype: torch.dtype | None) -> list[Tensor]:
         """All cores but the last, identity blocks put back."""
         assert self.pivots is not None
         orders = self.pivots.split(self._rows())
         stored = zip(self.cores, orders, self._shapes, strict=False)
-        return [left_factor(_weight_of(core), order).reshape(shape) for core, order, shape in stored]
+        return [left_factor(_weight_of(core, dtype), order).reshape(shape) for core, order, shape in stored]
 
     def _rows(self) -> list[int]:
         """The rows `a o i` of every core but the last as an `(a o i, b)` matrix."""
@@ -188,6 +197,20 @@ class MPOLinear(nn.Module):
         if self.gauge:
             shapes[:-1] = [(a * o * i - b, b) for a, o, i, b in self._shapes[:-1]]
         return shapes
+
+
+class _Reorder(torch.autograd.Function):
+    """`y[..., order]` for a permutation, whose gradient is a gather too: autograd's own would add row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y.index_select(-1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(-1, order.argsort()), None
 
 
 def _materialise_from(sites: Sites, bonds: tuple[int, ...]) -> int:
@@ -210,14 +233,22 @@ def _is_plain(core: nn.Module) -> bool:
     return type(core) is nn.Linear and not core._forward_hooks and not core._forward_pre_hooks
 
 
+def _is_readable(core: nn.Module) -> bool:
+    """The same, for a core that may be packed."""
+    unhooked = not core._forward_hooks and not core._forward_pre_hooks
+    return unhooked and type(core) in (nn.Linear, PackedLinear)
+
+
 def _stored(core: nn.Module) -> Tensor:
     return cast(Tensor, core.weight)
 
 
-def _weight_of(core: nn.Module) -> Tensor:
-    """The `(out, in)` matrix that calling `core` multiplies by: adapters and all."""
+def _weight_of(core: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The `(out, in)` matrix that calling `core` multiplies by: adapters and all; a packed one in `dtype` or float32."""
     if _is_plain(core):
         return _stored(core)
-    like, in_features = next(core.parameters()), cast(int, core.in_features)
+    if isinstance(core, PackedLinear) and _is_readable(core):
+        return core.to_matrix(dtype or torch.float32)
+    like, in_features = next(core.parameters(), torch.empty(0, dtype=dtype)), cast(int, core.in_features)
     columns: Tensor = core(torch.eye(in_features, dtype=like.dtype, device=like.device))
     return columns.T

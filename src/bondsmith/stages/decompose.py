@@ -11,8 +11,10 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +24,12 @@ from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.recipe import Recipe
+from bondsmith.stages import blockwise
 from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.streams import Stream
-from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
+from bondsmith.tensor.fit import propagated_target, sequential_svd, whitened_cut
+from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.weighted import fit_mpo
 
@@ -103,6 +107,12 @@ def read_errors(job: Job) -> dict[str, float]:
     return errors
 
 
+def read_training(job: Job) -> list[dict[str, Any]]:
+    """Returns what block-wise distillation gave, one entry per block that was trained."""
+    files = (job.work / f"blockwise-{k}.json" for k in range(len(job.runner)))
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
 def _stream(job: Job, name: str, k: int) -> Stream:
     """Returns the hidden states that enter block k; those of the first block are made here."""
     stream = Stream(job.work / f"{name}-{k}", (*job.ids.shape, job.width))
@@ -138,8 +148,34 @@ def _compress_block(job: Job, k: int) -> None:
         fit(job, k, original, compressed, planned, lambda name, C, D: put(name, C, D, outputs.get(name)))
     for name, layer in layers.items():
         compressed.set_submodule(name, layer)
+    if job.recipe.blockwise and layers:
+        compressed = _train(job, k, compressed)
     write_json(job.work / f"errors-{k}.json", errors)
     write_shard(job.shard(k), {prefix + n: _cast(t, job.dtype) for n, t in compressed.state_dict().items()})
+
+
+def _train(job: Job, k: int, compressed: nn.Module) -> nn.Module:
+    """Returns the block after block-wise distillation; what leaves it goes to the stream of the next one."""
+    streams = (_stream(job, "compressed", k), _stream(job, "original", k), _stream(job, "original", k + 1))
+    further = range(k + 1, min(k + 1 + job.recipe.blockwise_ahead, len(job.runner)))
+    for j in further:
+        job.load(j)
+    ahead = tuple(partial(job.runner.block, j) for j in further)
+    lesson = blockwise.Lesson(job.runner, k, job.ids, *streams, job.device, ahead)
+    trained, outcome = blockwise.distill(lesson, compressed, job.recipe, job.dtype)
+    for j in further:
+        empty(job.runner.blocks[j])
+    if k + 1 < len(job.runner):
+        _leave(job, k, trained)
+    write_json(job.work / f"blockwise-{k}.json", asdict(outcome) | {"block": k})
+    return trained
+
+
+@torch.no_grad()
+def _leave(job: Job, k: int, compressed: nn.Module) -> None:
+    """Writes the hidden states that leave the compressed block k."""
+    xh, leave = _stream(job, "compressed", k), _stream(job, "compressed", k + 1)
+    leave.write(job.runner.block(k, _ids(job, f), _rows(job, xh, f), compressed) for f in job.batches())
 
 
 Put = Callable[[str, Tensor, Tensor | None], None]
@@ -191,7 +227,8 @@ def _fit_propagated(
     groups = _groups(job, k, original, x, planned)
     inputs = [_temporary(job, f"input-{i}", g.in_features) for i, g in enumerate(groups)]
     _keep_inputs(job, k, original, groups, x, after, inputs)
-    last = _LastMatrix.of(job, k, groups[-1]) if groups else None
+    trains = bool(job.recipe.blockwise and groups)  # then what leaves the block is computed after the training
+    last = _LastMatrix.of(job, k, groups[-1]) if groups and not trains else None
     for group, before in zip(groups, inputs, strict=True):
         ending = last if group is groups[-1] else None
         C, D = _propagated_moments(job, k, compressed, group, before, x, after, ending)
@@ -199,11 +236,10 @@ def _fit_propagated(
             if name in planned:
                 put(name, C, D)
         before.remove()
-    if k + 1 < len(job.runner):
-        leave = _stream(job, "compressed", k + 1)
-        if last is None or not last.finish(original, compressed, leave):
-            xh = _stream(job, "compressed", k)
-            leave.write(job.runner.block(k, _ids(job, f), _rows(job, xh, f), compressed) for f in job.batches())
+    if k + 1 == len(job.runner) or trains:
+        return
+    if last is None or not last.finish(original, compressed, _stream(job, "compressed", k + 1)):
+        _leave(job, k, compressed)
 
 
 def _propagated_moments(
@@ -318,7 +354,7 @@ def fit_matrix(
     try:
         target = W
         if C is not None and D is not None:
-            target = propagated_target(W, C + D, C, job.recipe.propagation_strength, job.recipe.damping)
+            target = propagated_target(W, D, C, job.recipe.propagation_strength, job.recipe.damping)
         mpo = fit_network(target, plan, C, B, job.recipe.damping)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
@@ -334,9 +370,7 @@ def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None,
         return sequential_svd(W, plan.sites, plan.bonds)
     if not plan.sites.is_matrix_cut:
         return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=damping).mpo
-    rows_in = W.shape[0] > W.shape[1]
-    roots = {"input_root": moment_root(C, damping)} if rows_in else {"input_moment": C}
-    return whitened_cut(W, plan.bonds[0], output_moment=B, damping=damping, **roots)
+    return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=damping)
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:

@@ -29,7 +29,7 @@ class Streamed:
         model = skeleton(config, device)
         path = BlockRunner(model).path
         if quantization is not None:
-            replace_matrices(model, quantization["networks"])
+            replace_matrices(model, quantization["networks"], quantization.get("packed"))
         self.runner = BlockRunner(model, path)
         outside = [n for n in stored_names(model) if not n.startswith(path + ".")]
         fill(model, source.read(outside), device)

@@ -1,14 +1,47 @@
 """Rounding to few bits: grids of integers with a scale (and a minimum) per group.
 
-Legend: `W` a `(O, I)` matrix, `g` columns that share a scale, `q` integer codes.
+Legend: `W` a `(O, I)` matrix, `g` columns that share a scale, `G` groups of a row, `q` integer codes. A weight is
+`scale * level(q)`, plus a minimum where the grid is asymmetric. Symmetric levels of up to four bits are `q - (2^b - 1) / 2`:
+as many below zero as above, none on it, which is the better half of a bit at two bits. Eight bits have `q - 128`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from bondsmith.tensor.checks import check_matrix
+from bondsmith.tensor.packing import pack, row_bytes, unpack
 
 BITS = (2, 3, 4, 8)
 CODEBOOKS = ("uniform", "nf4")
+LARGEST_SCALE = 65504.0  # of float16
+# The normal-float levels of QLoRA (arXiv 2305.14314), appendix E.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+_SHRINK = {2: 0.35, 3: 0.45, 4: 0.6, 8: 0.95}  # smallest share of the largest entry that a scale search tries
+_TRIALS = {2: 28, 3: 24, 4: 20, 8: 3}
+_REFITS = 3
 
 
 @dataclass(frozen=True)
@@ -40,14 +73,49 @@ class Grid:
         """Groups in a row of `columns`; the last one may be shorter."""
         return 1 if self.group == 0 else -(-columns // self.group)
 
+    def slices(self, columns: int) -> list[slice]:
+        """The columns of every group.
+
+        >>> Grid(4, 4).slices(10)
+        [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
+        """
+        step = self.group or columns
+        return [slice(first, min(first + step, columns)) for first in range(0, columns, step)]
+
     def packed_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the packed integers, rows padded to whole bytes, and of scales and minima."""
-        codes = rows * -(-columns * self.bits // 8)
+        codes = rows * row_bytes(columns, self.bits)
         return codes + rows * self.groups(columns) * (2 if self.symmetric else 4)
 
     def bits_per_weight(self, columns: int) -> float:
         """Bits of a weight in a row of `columns`, scales and minima included."""
         return 8 * self.packed_bytes(1, columns) / columns
+
+    @property
+    def offset(self) -> float:
+        """The code, or the middle between two, that stands for zero times the scale; 0 in an asymmetric grid."""
+        if not self.symmetric:
+            return 0.0
+        return 128.0 if self.bits == 8 else (2**self.bits - 1) / 2
+
+    @property
+    def top(self) -> float:
+        """The largest level: the scale that just holds a row is its largest absolute entry over this."""
+        return 1.0 if self.codebook == "nf4" else 2**self.bits - 1 - self.offset
+
+    def levels(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The level of every code, before scale and minimum."""
+        if self.codebook == "nf4":
+            return torch.tensor(NF4, dtype=dtype, device=codes.device)[codes.int()]
+        levels = codes.to(dtype)
+        return levels - self.offset if self.symmetric else levels
+
+    def nearest(self, ratio: Tensor) -> Tensor:
+        """The codes, as floating point numbers, of the levels nearest to `(W - minimum) / scale`."""
+        if self.codebook == "nf4":
+            table = torch.tensor(NF4, dtype=ratio.dtype, device=ratio.device)
+            return torch.bucketize(ratio, (table[1:] + table[:-1]) / 2).to(ratio.dtype)
+        return (ratio + self.offset).round_().clamp_(0, 2**self.bits - 1)
 
     def to_json(self) -> dict[str, int | bool | str]:
         """A plain dictionary; `Grid(**it)` takes it back."""
@@ -57,3 +125,203 @@ class Grid:
         kind = self.codebook if self.codebook != "uniform" else f"int{self.bits}"
         group = f"g{self.group}" if self.group else "row"
         return f"{kind}-{group}{'' if self.symmetric else '-min'}"
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A rounded matrix: uint8 `codes` `(O, I)`, float16 `scales` `(O, G)`, and `minima` of an asymmetric grid."""
+
+    grid: Grid
+    codes: Tensor
+    scales: Tensor
+    minima: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The `(O, I)` matrix; exactly what a packed layer multiplies by in this dtype."""
+        return scaled(self.grid, self.grid.levels(self.codes), self.scales, self.minima).to(dtype)
+
+    def pack(self) -> Tensor:
+        """The codes as packed bytes, `(O, bytes)`."""
+        return pack(self.codes, self.grid.bits)
+
+    @classmethod
+    def unpack(cls, grid: Grid, columns: int, packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> Rounded:
+        """The matrix of packed bytes, scales and minima."""
+        return cls(grid, unpack(packed, grid.bits, columns), scales, minima)
+
+    @property
+    def bytes(self) -> int:
+        """Of the packed matrix."""
+        return self.grid.packed_bytes(*self.shape)
+
+
+def packed_levels(grid: Grid, packed: Tensor, columns: int) -> Tensor:
+    """The `(O, I)` float32 levels of packed rows: a table look-up of two to four of them at a time.
+
+    >>> codes = torch.tensor([[0, 7, 3, 4, 1]], dtype=torch.uint8)
+    >>> packed_levels(Grid(3), pack(codes, 3), 5)
+    tensor([[-3.5000,  3.5000, -0.5000,  0.5000, -2.5000]])
+    """
+    if grid.bits == 8:
+        levels = packed.view(torch.int8).to(torch.float32)
+        return levels if grid.symmetric else levels + 128
+    if grid.bits == 3:
+        a, b, c = F.pad(packed, (0, -packed.shape[1] % 3)).int().view(len(packed), -1, 3).unbind(-1)
+        packed = torch.stack((a | (b & 15) << 8, b >> 4 | c << 4), -1)
+    table = _level_table(grid.bits, grid.symmetric, grid.codebook, packed.device)
+    found = table.index_select(0, packed.reshape(-1).int()).view(torch.float32)
+    return found.view(len(packed), -1)[:, :columns]
+
+
+@lru_cache
+def _level_table(bits: int, symmetric: bool, codebook: str, device: torch.device) -> Tensor:
+    """The levels of all codes in a byte (three bits: in 12 bits), each row as one number of 8 or 16 bytes.
+
+    Gathering one wide number is ten times faster than shifting, masking and converting several.
+    """
+    total = 12 if bits == 3 else 8
+    numbers = torch.arange(2**total, dtype=torch.int32)[:, None]
+    codes = (numbers >> torch.arange(0, total, bits)) & (2**bits - 1)
+    levels = Grid(bits, 0, symmetric, codebook).levels(codes)
+    return levels.contiguous().view(torch.int64 if bits == 4 else torch.complex128).flatten().to(device)
+
+
+def scaled(grid: Grid, levels: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
+    """`scale * level + minimum`, `(O, I)`, from float32 levels, in float32; differentiable in scales and minima."""
+    rows, columns = levels.shape
+    group = grid.group or columns
+    scales, minima = scales.float(), None if minima is None else minima.float()
+    if columns % group == 0:
+        matrix = levels.view(rows, -1, group) * scales[:, :, None]
+        return (matrix if minima is None else matrix + minima[:, :, None]).view(rows, columns)
+    index = torch.arange(columns, device=levels.device) // group
+    matrix = levels * scales[:, index]
+    return matrix if minima is None else matrix + minima[:, index]
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, *, moment: Tensor | None = None, search: bool = True) -> Rounded:
+    """`weight` rounded entry by entry; scales are searched for the smallest squared error.
+
+    Args:
+        weight: `(O, I)`, finite.
+        moment: `(I,)` weights of the columns in that search, e.g. the diagonal of the input moment; all alike by default.
+        search: False takes the scale from the largest entry of each group, as plain rounding does.
+
+    Raises:
+        ValueError: an entry is not finite, or so large that its scale is no float16 number.
+
+    >>> rounded = round_to_nearest(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Grid(2, 4, symmetric=False))
+    >>> rounded.codes.tolist(), rounded.dequantize().tolist()
+    ([[0, 1, 2, 3]], [[0.0, 1.0, 2.0, 3.0]])
+    """
+    check_matrix(weight)
+    W = weight.to(torch.float32)
+    codes, scales, minima = torch.empty(W.shape, dtype=torch.uint8, device=W.device), [], []
+    for columns in grid.slices(W.shape[1]):
+        part = W[:, columns]
+        scale, minimum = find_scale(part, grid, None if moment is None else moment[columns], search)
+        codes[:, columns] = encode(part, grid, scale, minimum).to(torch.uint8)
+        scales.append(scale)
+        minima.append(minimum)
+    return Rounded(
+        grid, codes, as_half(torch.stack(scales, 1)), None if grid.symmetric else as_half(torch.stack(minima, 1))
+    )
+
+
+def encode(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor) -> Tensor:
+    """The codes, as floating point numbers, of `(O, g)` columns with `(O,)` scales and minima."""
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)[:, None]
+    return grid.nearest((part if grid.symmetric else part - minimum[:, None]) * inverse)
+
+
+def find_scale(part: Tensor, grid: Grid, weights: Tensor | None = None, search: bool = True) -> tuple[Tensor, Tensor]:
+    """Scale and minimum `(O,)` of one group `(O, g)`, float32 numbers that are float16 numbers.
+
+    A search tries shares of the full range, then least squares on the codes found and rounding in turn. `weights` `(g,)`
+    count the squared error of each column.
+    """
+    low, high = (-part.abs().amax(1), part.abs().amax(1)) if grid.symmetric else (part.amin(1), part.amax(1))
+    check_scale(high if grid.symmetric else torch.maximum(high, -low))
+    w = torch.ones_like(part[0]) if weights is None else weights.to(part.dtype).clamp_min(0)
+    w = w / w.mean().clamp_min(1e-30) + 1e-6  # columns that are never read still get a sensible scale
+    best = _halves(*_range(low, high, grid))
+    if not search:
+        return best
+    error = _error(part, grid, *best, w)
+    trials, least = _TRIALS[grid.bits], _SHRINK[grid.bits]
+    for trial in range(1, trials):
+        share = 1 - (1 - least) * trial / (trials - 1)
+        best, error = _better(part, grid, w, best, error, _range(low * share, high * share, grid))
+    for _ in range(_REFITS):
+        best, error = _better(part, grid, w, best, error, _least_squares(part, grid, *best, w))
+    return best
+
+
+def as_half(values: Tensor) -> Tensor:
+    """The values as float16; ValueError if one is too large for it."""
+    check_scale(values.abs())
+    return values.to(torch.float16)
+
+
+def check_scale(largest: Tensor) -> None:
+    """Nothing, or ValueError if a weight of this size has no float16 scale."""
+    if largest.numel() and float(largest.max()) > LARGEST_SCALE:
+        raise ValueError(
+            f"an entry or scale of {float(largest.max()):.4g} is beyond float16 (65504), in which scales are stored; "
+            "keep this matrix unrounded"
+        )
+
+
+def _range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    if grid.symmetric:
+        return high / grid.top, torch.zeros_like(high)
+    return (high - low) / (2**grid.bits - 1), low
+
+
+def _halves(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    return scale.half().float(), minimum.half().float()
+
+
+def _decoded(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    codes = encode(part, grid, scale, minimum)
+    levels = grid.levels(codes, part.dtype)
+    matrix = levels * scale[:, None]
+    return levels, matrix if grid.symmetric else matrix + minimum[:, None]
+
+
+def _error(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor, w: Tensor) -> Tensor:
+    return (_decoded(part, grid, scale, minimum)[1] - part).square() @ w
+
+
+def _better(
+    part: Tensor,
+    grid: Grid,
+    w: Tensor,
+    best: tuple[Tensor, Tensor],
+    error: Tensor,
+    trial: tuple[Tensor, Tensor],
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The better of two scales, row by row, and its error."""
+    scale, minimum = _halves(*trial)
+    found = _error(part, grid, scale, minimum, w)
+    better = found < error
+    best = torch.where(better, scale, best[0]), torch.where(better, minimum, best[1])
+    return best, torch.where(better, found, error)
+
+
+def _least_squares(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and minimum that fit best to the codes which the given ones lead to."""
+    levels, _ = _decoded(part, grid, scale, minimum)
+    qq, qw = levels.square() @ w, (levels * part) @ w
+    if grid.symmetric:
+        return torch.where(qq > 0, qw / qq.clamp_min(1e-30), scale), minimum
+    total, q, v = w.sum(), levels @ w, part @ w
+    determinant = total * qq - q.square()
+    fits = determinant > 1e-6 * total * qq
+    slope = torch.where(fits, (total * qw - q * v) / determinant.clamp_min(1e-30), scale)
+    return slope, torch.where(fits, (v - slope * q) / total, minimum)

@@ -1,0 +1,100 @@
+"""torch's kernels for packed weights on a CPU: int8 with a scale per row, int4 in groups; activations in bfloat16.
+
+Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row. The int4 kernel wants the codes in another order:
+blocks of 64 (AVX-512) or 32 rows, column after column, the first half of a block's rows in the low four bits and the second in
+the high ones. `to_int4_order` brings them into it, in place of the ordinary order and of the same size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bondsmith.tensor.rounding import Grid, packed_levels
+
+# Up to here the kernels beat unpacking the matrix for one bfloat16 GEMM: they hardly gain from more tokens.
+INT8_UP_TO = 40
+INT4_UP_TO = 48
+_INT4_GROUPS = (32, 64, 128, 256)
+
+
+def has_int8(grid: Grid, out_features: int, in_features: int) -> bool:
+    """Whether the int8 kernel takes such a matrix."""
+    plain = grid.bits == 8 and grid.symmetric and grid.groups(in_features) == 1
+    return plain and out_features % 16 == 0 and in_features % 16 == 0 and hasattr(torch.ops.aten, "_weight_int8pack_mm")
+
+
+def has_int4(grid: Grid, out_features: int, in_features: int) -> bool:
+    """Whether the int4 kernel takes such a matrix, and its order of codes is the one known here."""
+    if grid.bits != 4 or grid.codebook != "uniform" or grid.group not in _INT4_GROUPS or in_features % grid.group:
+        return False
+    block = int4_block()
+    return block > 0 and out_features % block == 0
+
+
+def int8_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """`(T, O)` from `(T, I)` bfloat16 activations and bytes `(O, I)`, which are signed integers as they lie."""
+    return torch.ops.aten._weight_int8pack_mm(x, packed.view(torch.int8), scales[:, 0].to(torch.bfloat16))
+
+
+def int4_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
+    """`(T, O)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`."""
+    half = scales.to(torch.float32)
+    zero = half * (8 - grid.offset) if minima is None else half * 8 + minima
+    both = torch.stack((half, zero), -1).to(torch.bfloat16).transpose(0, 1).contiguous()
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ordered.view(scales.shape[0], -1), grid.group, both)
+
+
+def to_int4_order(packed: Tensor) -> Tensor:
+    """Packed rows `(O, I / 2)` in the kernel's order, the same shape and bytes."""
+    block = int4_block()
+    rows, half = packed.shape
+    low, high = packed & 15, packed >> 4  # even and odd columns
+    codes = torch.stack((low, high), -1).reshape(rows // block, 2, block // 2, 2 * half)
+    return (codes[:, 0] | (codes[:, 1] << 4)).transpose(1, 2).reshape(rows, half)
+
+
+def from_int4_order(ordered: Tensor) -> Tensor:
+    """The inverse of `to_int4_order`."""
+    block = int4_block()
+    rows, half = ordered.shape
+    split = ordered.view(rows // block, 2 * half, block // 2).transpose(1, 2)
+    codes = torch.stack((split & 15, split >> 4), 1).reshape(rows, half, 2)
+    return codes[..., 0] | (codes[..., 1] << 4)
+
+
+def int4_unpacked_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
+    """`(T, O)` from codes in the kernel's order: the matrix is unpacked once for one bfloat16 GEMM.
+
+    Each byte holds two rows half a block apart, so the outputs of the GEMM come in pairs, and are put in order after it.
+    """
+    half, (rows, columns) = int4_block() // 2, (ordered.shape[0], 2 * ordered.shape[1])
+    blocks, groups = rows // (2 * half), columns // grid.group
+
+    def pairs(values: Tensor) -> Tensor:  # (O, G) as (blocks, G, 1, 2 half)
+        return values.float().view(blocks, 2, half, groups).permute(0, 3, 2, 1).reshape(blocks, groups, 1, 2 * half)
+
+    matrix = packed_levels(grid, ordered, columns).view(blocks, groups, grid.group, 2 * half) * pairs(scales)
+    if minima is not None:
+        matrix = matrix + pairs(minima)
+    by_column = torch.empty(columns, blocks, 2 * half, dtype=x.dtype)
+    by_column.copy_(matrix.view(blocks, columns, 2 * half).transpose(0, 1))
+    y = x @ by_column.view(columns, rows)
+    return y.view(-1, blocks, half, 2).transpose(2, 3).reshape(-1, rows)
+
+
+@cache
+def int4_block() -> int:
+    """Rows in a block of the int4 kernel's order on this machine: 64 or 32, or 0 where there is no kernel or another order."""
+    try:
+        codes = torch.arange(128 * 32, dtype=torch.int32).reshape(128, 32) * 7 % 16
+        there = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).reshape(128, 16)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return 0
+    for block in (64, 32):
+        split = codes.to(torch.uint8).reshape(128 // block, 2, block // 2, 32)
+        if torch.equal((split[:, 0] | (split[:, 1] << 4)).transpose(1, 2).reshape(128, 16), there):
+            return block
+    return 0

@@ -1,0 +1,305 @@
+"""Layers whose weights are a few bits each, in memory as on disk.
+
+- Codes are packed bytes, scales and minima float16; no float copy of the matrix outlives a call.
+- bfloat16 activations on a CPU go through torch's int8 and int4 kernels while tokens are few; everything else unpacks some rows
+  at a time and multiplies.
+- Gradients reach inputs, and scales once `train_scales` made parameters of them; the integers stay.
+- `.to(dtype)` leaves scales alone: their bits are the format's.
+
+Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bondsmith.nn import kernels
+from bondsmith.tensor.packing import row_bytes
+from bondsmith.tensor.rounding import Grid, Rounded, packed_levels, scaled
+
+_CHUNK = 2**18  # numbers of a matrix that are unpacked at a time
+
+
+class PackedMatrix(nn.Module):
+    """A rounded `(O, I)` matrix as buffers `codes`, `scales`, `minima`; zeros until it is filled."""
+
+    codes: Tensor
+    scales: Tensor
+    minima: Tensor | None
+
+    def __init__(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.grid, self.rows, self.columns = grid, rows, columns
+        groups = (rows, grid.groups(columns))
+        self.register_buffer(
+            "codes", torch.zeros(rows, row_bytes(columns, grid.bits), dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("scales", torch.zeros(groups, dtype=torch.float16, device=device))
+        minima = None if grid.symmetric else torch.zeros(groups, dtype=torch.float16, device=device)
+        self.register_buffer("minima", minima)
+        self._int4_order = False  # whether `codes` lie in the order of the int4 kernel
+
+    def put(self, rounded: Rounded) -> None:
+        """Takes the codes, scales and minima of a rounded matrix; ValueError if it has another shape or grid."""
+        if rounded.grid != self.grid or rounded.shape != (self.rows, self.columns):
+            raise ValueError(
+                f"a {rounded.shape[0]} x {rounded.shape[1]} matrix on {rounded.grid} does not fit into a packed one of "
+                f"{self.rows} x {self.columns} on {self.grid}"
+            )
+        self.codes, self.scales, self.minima = rounded.pack(), rounded.scales, rounded.minima
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "codes":  # whoever puts codes here brings them in the order of the file format
+            self.__dict__["_int4_order"] = False
+        super().__setattr__(name, value)
+
+    def packed_codes(self) -> Tensor:
+        """The packed bytes in the order of the file format."""
+        return kernels.from_int4_order(self.codes) if self._int4_order else self.codes
+
+    def to_rounded(self) -> Rounded:
+        """The rounded matrix."""
+        half = self.scales.detach().half(), None if self.minima is None else self.minima.detach().half()
+        return Rounded.unpack(self.grid, self.columns, self.packed_codes(), *half)
+
+    def to_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The `(O, I)` matrix, differentiable in scales and minima."""
+        return self._rows(self.packed_codes(), self.scales, self.minima, dtype)
+
+    def train_scales(self, mode: bool = True) -> None:
+        """Makes float32 parameters of scales and minima, or rounds them back to float16 buffers."""
+        for name in ("scales", "minima"):
+            old = getattr(self, name)
+            if old is None or isinstance(old, nn.Parameter) == mode:
+                continue
+            delattr(self, name)
+            if mode:
+                self.register_parameter(name, nn.Parameter(old.float()))
+            else:
+                self.register_buffer(name, old.detach().half())
+
+    def _rows(self, codes: Tensor, scales: Tensor, minima: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return scaled(self.grid, packed_levels(self.grid, codes, self.columns), scales, minima).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrix:
+        """Moves like any module, but casts neither scales nor minima: `.half()` and `.to(dtype)` leave the weights as they are."""
+        before = {name: getattr(self, name) for name in ("scales", "minima") if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype and not isinstance(new, nn.Parameter):
+                setattr(self, name, old.to(new.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._int4_order:
+            destination[prefix + "codes"] = self.packed_codes()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.codes = self.packed_codes()
+        super()._load_from_state_dict(*args)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x W^T`, `(..., O)`."""
+        if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
+            y: Tensor = _Multiply.apply(x, self, self.scales, self.minima)
+            return y
+        flat = x.reshape(-1, self.columns)
+        return self._multiply_flat(flat).view(*x.shape[:-1], self.rows)
+
+    def _multiply_flat(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            few = x.shape[0] <= kernels.INT8_UP_TO
+            if few and kernels.has_int8(self.grid, self.rows, self.columns):
+                return kernels.int8_matmul(x, self.codes, self.scales)
+            if kernels.has_int4(self.grid, self.rows, self.columns):
+                return self._multiply_int4(x)
+        y = x.new_empty(x.shape[0], self.rows)
+        codes, step = self.packed_codes(), max(1, _CHUNK // self.columns)
+        for first in range(0, self.rows, step):
+            part = slice(first, first + step)
+            minima = None if self.minima is None else self.minima[part]
+            y[:, part] = x @ self._rows(codes[part], self.scales[part], minima, x.dtype).T
+        return y
+
+    def _multiply_int4(self, x: Tensor) -> Tensor:
+        if not self._int4_order:
+            self.codes = kernels.to_int4_order(self.codes)
+            self._int4_order = True
+        if x.shape[0] <= kernels.INT4_UP_TO:
+            return kernels.int4_matmul(x, self.codes, self.grid, self.scales, self.minima)
+        return kernels.int4_unpacked_matmul(x, self.codes, self.grid, self.scales, self.minima)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}x{self.columns}, {self.grid}"
+
+
+class _Multiply(torch.autograd.Function):
+    """`x W^T` whose backward pass unpacks the matrix again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix, scales: Tensor, minima: Tensor | None) -> Tensor:
+        ctx.matrix = matrix
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] else None)
+        return matrix._multiply_flat(x.reshape(-1, matrix.columns)).view(*x.shape[:-1], matrix.rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        (gradient,), matrix = gradients, ctx.matrix
+        dx = gradient @ matrix.to_matrix(gradient.dtype).detach() if ctx.needs_input_grad[0] else None
+        (x,) = ctx.saved_tensors
+        if x is None:
+            return dx, None, None, None
+        dW = gradient.reshape(-1, matrix.rows).T @ x.reshape(-1, matrix.columns)
+        with torch.enable_grad():
+            leaves = [
+                None if t is None else t.detach().float().requires_grad_() for t in (matrix.scales, matrix.minima)
+            ]
+            W = matrix._rows(matrix.packed_codes(), leaves[0], leaves[1], torch.float32)
+        found = torch.autograd.grad(W, [leaf for leaf in leaves if leaf is not None], dW.to(torch.float32))
+        return dx, None, found[0], found[1] if len(found) > 1 else None
+
+
+class PackedLinear(PackedMatrix):
+    """`y = W x + bias` with `W` `(O, I)` rounded to a grid; in the place of `nn.Linear` or transformers' `Conv1D`.
+
+    >>> from bondsmith.tensor.rounding import round_to_nearest
+    >>> layer = PackedLinear.from_rounded(round_to_nearest(torch.randn(8, 6), Grid(4, 2)))
+    >>> x = torch.randn(3, 6)
+    >>> torch.equal(layer(x), x @ layer.to_matrix().T), sum(b.nbytes for b in layer.buffers())
+    (True, 72)
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: Grid,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, grid, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_rounded(cls, rounded: Rounded, bias: Tensor | None = None) -> PackedLinear:
+        """The layer of a rounded matrix."""
+        rows, columns = rounded.shape
+        layer = cls(columns, rows, rounded.grid, bias=False, device="meta")
+        layer.put(rounded)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., O)` for `x` of shape `(..., I)`, in the dtype of `x`."""
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def materialise(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """An ordinary `nn.Linear` with the same matrix and bias."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.to_matrix(dtype))
+        linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.detach().clone()))
+        return linear
+
+
+class PackedEmbedding(PackedMatrix):
+    """A rounded table of vectors; rows are unpacked as they are looked up.
+
+    `plain` is the module whose place it takes, emptied: its class and settings come back with `materialise`. Vectors are
+    multiplied by its `embed_scale`, where it has one (Gemma), and come in `dtype`, which follows `.to(dtype)`.
+    """
+
+    _like: Tensor
+
+    def __init__(
+        self,
+        plain: nn.Embedding,
+        grid: Grid,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(plain.num_embeddings, plain.embedding_dim, grid, device)
+        if type(plain).forward is not nn.Embedding.forward and not hasattr(plain, "embed_scale"):
+            raise ValueError(f"an embedding of class {type(plain).__name__} cannot be packed; keep it unrounded")
+        self.num_embeddings, self.embedding_dim, self.padding_idx = self.rows, self.columns, plain.padding_idx
+        scale = getattr(plain, "scalar_embed_scale", getattr(plain, "embed_scale", None))
+        self.embed_scale = None if scale is None else float(scale)
+        self._plain = (plain,)  # in a tuple: no submodule
+        like = torch.empty(0, device=device, dtype=dtype or plain.weight.dtype)
+        self.register_buffer("_like", like, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`(..., I)` for integers of any shape."""
+        flat = ids.reshape(-1)
+        codes = self.packed_codes()[flat]
+        minima = None if self.minima is None else self.minima[flat]
+        dtype = self._like.dtype
+        rows = self._rows(codes, self.scales[flat], minima, dtype).view(*ids.shape, self.columns)
+        return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale, dtype=dtype)
+
+    @torch.no_grad()
+    def materialise(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
+        """The embedding it stands for, filled."""
+        plain = self._plain[0]
+        plain.weight = nn.Parameter(self.to_matrix(dtype))
+        if isinstance(
+            getattr(plain, "embed_scale", None), Tensor
+        ):  # a model that is being loaded has it on the meta device
+            plain.embed_scale = torch.tensor(self.embed_scale, device=self.codes.device)
+        return plain
+
+
+class PackedHead(nn.Module):
+    """A head that shares the matrix of a packed embedding: no weights of its own but a bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: PackedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple: no submodule, so that the matrix is saved once
+        self.in_features, self.out_features = embedding.columns, embedding.rows
+        self.register_parameter("bias", bias)
+
+    @property
+    def embedding(self) -> PackedEmbedding:
+        """Whose matrix it is."""
+        return self._embedding[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., vocabulary)` for hidden states `(..., I)`."""
+        y = self.embedding.multiply(x)
+        return y if self.bias is None else y + self.bias
+
+
+def half_scales(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state dictionary of `model` with the scales that are being trained rounded to the float16 of the format."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedMatrix):
+            for leaf in ("scales", "minima"):
+                key = f"{name}.{leaf}".lstrip(".")
+                if key in state:
+                    state[key] = state[key].half()
+    return state
+
+
+def saved_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns what a weight file holds of `module`: floating point tensors in `dtype`, scales and minima as they are."""
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in module.state_dict().items()}
+    for name, packed in module.named_modules():
+        if isinstance(packed, PackedMatrix):
+            prefix = f"{name}." if name else ""
+            kept = {leaf: getattr(packed, leaf) for leaf in ("scales", "minima")}
+            state |= {prefix + leaf: t.detach().half() for leaf, t in kept.items() if t is not None}
+    return state

@@ -1,0 +1,201 @@
+"""Packed layers: what they multiply by, what they keep in memory, and their gradients."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from bondsmith.nn import kernels
+from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix
+from bondsmith.tensor.fit import sequential_svd
+from bondsmith.tensor.rounding import Grid, round_to_nearest
+from bondsmith.tensor.sites import parse_sites
+
+GRIDS = [
+    Grid(8, 0),
+    Grid(8, 32, symmetric=False),
+    Grid(4, 32),
+    Grid(4, 64, symmetric=False),
+    Grid(4, 64, codebook="nf4"),
+    Grid(3, 40),
+    Grid(2, 16, symmetric=False),
+]
+
+
+def layer(grid: Grid, rows: int = 128, columns: int = 192, bias: bool = True) -> PackedLinear:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(rows, columns, generator=generator)
+    return PackedLinear.from_rounded(
+        round_to_nearest(W, grid), torch.randn(rows, generator=generator) if bias else None
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_it_multiplies_by_the_rounded_matrix(grid: Grid, tokens: int) -> None:
+    packed, x = layer(grid), torch.randn(2, tokens, 192)
+    with torch.no_grad():
+        expected = F.linear(x, packed.to_rounded().dequantize(), packed.bias)
+        assert torch.allclose(packed(x), expected, atol=1e-4)
+        low = copy.deepcopy(packed).to(torch.bfloat16)
+        out = low(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).norm() < 0.01 * expected.norm()
+    assert torch.equal(low.to_rounded().dequantize(), packed.to_rounded().dequantize())  # no cast, no reordering left
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_memory_is_that_of_the_packed_matrix(grid: Grid) -> None:
+    packed = layer(grid, bias=False)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            for tokens in (1, 100):
+                packed(torch.randn(tokens, 192, dtype=dtype))
+    tensors = [v for v in vars(packed).values() if isinstance(v, torch.Tensor)]
+    held = sum(t.nbytes for t in [*packed.parameters(), *packed.buffers(), *tensors])
+    assert held == grid.packed_bytes(128, 192)
+
+
+def test_the_int4_kernel_is_used_where_there_is_one_and_its_order_is_undone() -> None:
+    if not kernels.int4_block():
+        pytest.skip("this torch has no int4 kernel for this processor")
+    grid = Grid(4, 64, symmetric=False)
+    packed = layer(grid)
+    before, codes = packed.to_rounded(), packed.codes.clone()
+    with torch.no_grad():
+        packed(torch.randn(1, 192, dtype=torch.bfloat16))
+        assert not torch.equal(packed.codes, codes)
+        assert torch.equal(packed.state_dict()["codes"], codes)
+        assert torch.equal(packed.to_rounded().codes, before.codes)
+        many = torch.randn(100, 192, dtype=torch.bfloat16)
+        expected = F.linear(many.float(), before.dequantize(), packed.bias)
+        assert (packed(many).float() - expected).norm() < 0.01 * expected.norm()
+        packed.load_state_dict(packed.state_dict())
+        assert torch.equal(packed.codes, codes)
+        again = copy.deepcopy(packed)
+        packed(many[:1])
+        assert torch.equal(copy.deepcopy(packed)(many), again(many))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_are_those_of_the_dense_layer(grid: Grid) -> None:
+    packed = layer(grid, rows=12, columns=48)
+    packed.train_scales()
+    x = torch.randn(5, 48, requires_grad=True)
+    packed(x).square().sum().backward()
+    found = [x.grad, packed.scales.grad, None if packed.minima is None else packed.minima.grad, packed.bias.grad]
+    x.grad = packed.bias.grad = packed.scales.grad = None
+    if packed.minima is not None:
+        packed.minima.grad = None
+    F.linear(x, packed.to_matrix(), packed.bias).square().sum().backward()
+    expected = [x.grad, packed.scales.grad, None if packed.minima is None else packed.minima.grad, packed.bias.grad]
+    for mine, dense in zip(found, expected, strict=True):
+        assert (mine is None) == (dense is None)
+        if dense is not None:
+            assert dense.abs().sum() > 0
+            assert torch.allclose(mine, dense, rtol=1e-4, atol=1e-3)
+
+
+def test_trained_scales_lower_a_loss_over_frozen_codes_and_go_back_to_float16() -> None:
+    packed = layer(Grid(3, 16), rows=12, columns=48, bias=False)
+    x, target = torch.randn(64, 48), torch.randn(64, 12)
+    codes = packed.codes.clone()
+    packed.train_scales()
+    assert [n for n, _ in packed.named_parameters()] == ["scales"]
+    optimizer = torch.optim.Adam(packed.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = (packed(x) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    packed.train_scales(False)
+    assert packed.scales.dtype == torch.float16
+    assert not list(packed.parameters())
+    assert torch.equal(packed.codes, codes)
+    assert float((packed(x) - target).square().mean()) == pytest.approx(losses[-1], rel=0.05)
+
+
+def test_casting_and_copying_leave_the_weights_alone() -> None:
+    packed = layer(Grid(4, 64))
+    W = packed.to_matrix()
+    for same in (
+        copy.deepcopy(packed).half(),
+        copy.deepcopy(packed).double(),
+        copy.deepcopy(packed).bfloat16().float(),
+    ):
+        assert torch.equal(same.to_matrix(), W)
+    assert packed.bfloat16().bias.dtype == torch.bfloat16
+    file = io.BytesIO()
+    torch.save(packed.state_dict(), file)
+    file.seek(0)
+    other = PackedLinear(192, 128, Grid(4, 64), bias=True)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other.to_matrix(), W)
+
+
+def test_put_refuses_another_shape_or_grid() -> None:
+    with pytest.raises(ValueError, match="does not fit into a packed one of 128 x 192 on int4-g64"):
+        layer(Grid(4, 64)).put(round_to_nearest(torch.randn(4, 4), Grid(4, 64)))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_embedding_and_tied_head(grid: Grid) -> None:
+    plain = nn.Embedding(50, 64)
+    rounded = round_to_nearest(plain.weight.detach(), grid)
+    embedding = PackedEmbedding(plain, grid)
+    embedding.put(rounded)
+    ids = torch.randint(0, 50, (2, 7))
+    assert torch.equal(embedding(ids), rounded.dequantize()[ids])
+    assert embedding.bfloat16()(ids).dtype == torch.bfloat16
+    head = PackedHead(embedding)
+    x = torch.randn(2, 7, 64)
+    assert torch.allclose(head(x), x @ rounded.dequantize().T, atol=1e-4)
+    both = nn.ModuleDict({"embedding": embedding, "head": head})
+    assert sum(b.nbytes for b in both.state_dict().values()) == grid.packed_bytes(50, 64)
+    copied = copy.deepcopy(both)
+    assert copied["head"].embedding is copied["embedding"]
+    assert torch.equal(embedding.materialise().weight, rounded.dequantize())
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused_or_scaled() -> None:
+    class Shifted(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) + 1
+
+    with pytest.raises(ValueError, match="class Shifted cannot be packed"):
+        PackedEmbedding(Shifted(4, 8), Grid(8, 0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "bonds", "gauge"),
+    [("matrix", 8, True), ("matrix", 8, False), ("interleaved:3", 6, True), ("interleaved:3", 6, False)],
+)
+def test_cores_of_a_network_can_be_packed(spec: str, bonds: int, gauge: bool) -> None:
+    torch.manual_seed(0)
+    sites = parse_sites(spec, 48, 64)
+    network = MPOLinear.from_mpo(sequential_svd(torch.randn(48, 64), sites, bonds), bias=torch.randn(48), gauge=gauge)
+    for k, core in enumerate(network.cores):
+        network.cores[k] = PackedLinear.from_rounded(round_to_nearest(core.weight.detach(), Grid(4, 16)))
+    W = network.to_matrix()
+    for tokens in (1, 7, 300):
+        x = torch.randn(tokens, 64)
+        expected = F.linear(x, W, network.bias)
+        assert torch.allclose(network(x), expected, atol=1e-3 * float(expected.abs().max()))
+        low = copy.deepcopy(network).bfloat16()(x.bfloat16())
+        assert low.dtype == torch.bfloat16
+        assert (low.float() - expected).norm() < 0.02 * expected.norm()
+    assert torch.equal(network.materialise().weight, W)
+    for core in network.cores:
+        assert isinstance(core, PackedMatrix)
+        core.train_scales()
+    network(torch.randn(3, 64, requires_grad=True)).sum().backward()
+    assert all(core.scales.grad.abs().sum() > 0 for core in network.cores)
