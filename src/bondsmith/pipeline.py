@@ -24,6 +24,7 @@ from bondsmith.recipe import Recipe
 from bondsmith.run import Progress, Run, check_disk, check_memory, device_of
 from bondsmith.rundir import FINGERPRINT, RunError, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
+from bondsmith.stages.reduction import fused_copies
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ class _Compression(Run):
             tokenizer.save_pretrained(self.directory)
         count = len(job.runner) + 1
         write_index(self.directory, [shard_name(i, count) for i in range(count)])
-        networks = {m.name: _network(m.to_json()) for m in job.plan.matrices if m.sites is not None}
+        networks = {m.name: m.network() for m in job.plan.matrices if m.network()}
+        for name, copies in fused_copies(job.plan, job.moments, job.runner.path).items():
+            networks[name]["copies"] = copies
         write_config(self.directory, job.source, networks, job.dtype)
 
     def describe(self, job: decompose.Job, calibration: list[Windows]) -> dict[str, Any]:
@@ -166,10 +169,6 @@ class _Compression(Run):
             models = load_whole(source, device), load(self.directory, dtype=torch.float32).to(device)
             rates = speed.compare_speed(*models, seed=self.recipe.seed, advance=lambda s: self.progress("speed", s))
         return {"quality": rows, "speed": rates}
-
-
-def _network(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in ("sites", "bonds", "gauge")}
 
 
 def _python_command(model: str | Path | PreTrainedModel, out: Path, recipe: Recipe) -> str:

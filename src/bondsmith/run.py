@@ -26,7 +26,7 @@ from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_who
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
 from bondsmith.stages import decompose, moments
-from bondsmith.stages.plan import MatrixPlan, Plan, uniform_plan
+from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, uniform_plan
 from bondsmith.stages.planning import NO_TABLES, Tables, check_budget, planned
 from bondsmith.stages.profile import Profile, Seen, fast_profile, table_losses
 from bondsmith.stages.streams import Stream
@@ -88,6 +88,10 @@ class Run:
         if self.recipe.plan is not None:
             plan = Plan.load(Path(self.recipe.plan).expanduser())
             plan.check(shapes, other)
+            if plan.drops_channels and not self.recipe.needs_moments:
+                raise PlanError(
+                    "plan: it drops hidden channels, which the frobenius metric cannot; use metric loss or input"
+                )
             return plan
         tables = opened.tables if self.recipe.rounds else ()
         if self.recipe.planned:
@@ -260,6 +264,7 @@ class Run:
             self.directory,
             self.work,
             fisher,
+            self.gradients_folder,
             batch,
             width,
             device,
@@ -273,7 +278,8 @@ class Run:
 
     def gradients(self, job: decompose.Job) -> None:
         """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it."""
-        wanted = self.recipe.metric == "loss" or (self.recipe.planned and self.recipe.needs_moments)
+        plans = self.recipe.planned or job.plan.drops_channels
+        wanted = self.recipe.metric == "loss" or (plans and self.recipe.needs_moments)
         if not wanted or (job.work / "fisher.done").is_file():
             return
         folder = self.gradients_folder

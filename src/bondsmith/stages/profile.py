@@ -293,8 +293,10 @@ class _Profiler:
         return MatrixProfile(name, self.block, W.shape[0], W.shape[1], spectrum, rounding=rounding)
 
     def _root(self, C: Tensor) -> tuple[Root, Tensor]:
-        self.roots[id(C)] = moment_root(C, self.damping), conditional_variances(damped(C, self.damping))
-        return self.roots[id(C)]
+        found = moment_root(C, self.damping), conditional_variances(damped(C, self.damping))
+        if any(C is kept for kept in self.seen.inputs.values()):  # others die, and their id with them
+            self.roots[id(C)] = found
+        return found
 
     def bond(self, bond: HiddenBond) -> BondProfile:
         """Returns the sizes that a hidden bond may be reduced to, with the curves of what is left of its matrices."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from bondsmith.model.blocks import BlockRunner, capture_inputs, matrices, replaced_weight, shape, trace_groups, weight
 from bondsmith.model.checkpoint import write_json
-from bondsmith.stages.decompose import fit_network
+from bondsmith.stages.fitting import fit_network
 from bondsmith.stages.moments import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan, PlanError
 from bondsmith.stages.probe import ProbeResult

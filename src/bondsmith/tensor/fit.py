@@ -114,8 +114,22 @@ def propagated_target(
         )
     W = weight.to(torch.float64)
     moved = torch.cat([W @ columns.to(torch.float64) for columns in difference.split(1024, 1)], 1)
-    shift = moment_root(input_moment, damping, "input moment").solve(moved.T).T
-    return torch.add(W, shift, alpha=alpha).to(weight.dtype)
+    return shifted_target(weight, moved, input_moment, alpha, damping)
+
+
+def shifted_target(
+    weight: Tensor, moved: Tensor, input_moment: Tensor, alpha: float = 0.5, damping: float = 1e-2
+) -> Tensor:
+    """`W + alpha M (E[xh xh^T] + damping * mean(diag))^-1` with `M = moved = E[(y - W xh) xh^T]`, in the dtype of `weight`.
+
+    `propagated_target` for a layer that reads fewer channels than its original, which gave `y`: there `(O, h)` outputs are
+    compared, where inputs of unlike width cannot be.
+    """
+    check_matrix(weight)
+    if moved.shape != weight.shape:
+        raise ValueError(f"the moment of outputs has shape {tuple(moved.shape)}, the weight {tuple(weight.shape)}")
+    shift = moment_root(input_moment, damping, "input moment").solve(moved.to(torch.float64).T).T
+    return torch.add(weight.to(torch.float64), shift, alpha=alpha).to(weight.dtype)
 
 
 def interleave(weight: Tensor, sites: Sites) -> Tensor:
