@@ -352,7 +352,7 @@ def measure_speed(device: torch.device | str = "cpu", seconds: float = 0.4) -> S
 def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 2 or time.perf_counter() < end:
+    while len(times) < 5 or time.perf_counter() < end:
         start = time.perf_counter()
         result = work()
         if isinstance(result, torch.Tensor) and result.is_cuda:
