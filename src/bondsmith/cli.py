@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -214,8 +215,9 @@ def heal(
             tell=_tell,
             **(read_settings(recipe) | changes),
         )
-    out.print(str(done), highlight=False)
-    out.print(f"model   {done.path}", highlight=False, soft_wrap=True)
+    if os.environ.get("RANK", "0") == "0":
+        out.print(str(done), highlight=False)
+        out.print(f"model   {done.path}", highlight=False, soft_wrap=True)
 
 
 def _tell(moment: Any) -> None:
