@@ -135,7 +135,7 @@ class _Compression(Run):
         count = len(job.runner) + 1
         write_index(self.directory, [shard_name(i, count) for i in range(count)])
         networks = {m.name: _network(m.to_json()) for m in job.plan.matrices if m.sites is not None}
-        write_config(self.directory, job.source, networks, job.dtype)
+        write_config(self.directory, job.source, networks, job.dtype, job.plan.packed())
 
     def describe(self, job: decompose.Job, calibration: list[Windows]) -> dict[str, Any]:
         """Returns the sections of `results.json` that need no measurement."""

@@ -10,23 +10,28 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, trace_groups, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
 from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedEmbedding, PackedLinear, saved_state
 from bondsmith.recipe import Recipe
-from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
+from bondsmith.stages.moments import Moment, load_output_moments, stream_weights, table_moment
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
+from bondsmith.tensor.gptq import gptq
 from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.rounded import round_network
+from bondsmith.tensor.rounding import Rounded, round_to_nearest
 from bondsmith.tensor.weighted import fit_mpo
 
 
@@ -77,10 +82,18 @@ class Job:
 
 
 def compress_rest(job: Job) -> None:
-    """Writes the weight file of everything outside the blocks, in the dtype of the saved model."""
+    """Writes the weight file of everything outside the blocks: in the dtype of the saved model, embedding and head as planned."""
     if not job.shard(-1).is_file():
         names = [n for n in stored_names(job.runner.model) if not n.startswith(job.runner.path + ".")]
-        write_shard(job.shard(-1), {name: _cast(t, job.dtype) for name, t in job.source.read(names).items()})
+        tensors = job.source.read(names)
+        for table in job.plan.tables:
+            if table.grid is not None:
+                rounded = round_table(
+                    tensors.pop(f"{table.name}.weight"), table, job.fisher, tied=len(job.plan.tables) == 1
+                )
+                tensors |= {f"{table.name}.{leaf}": t for leaf, t in rounded.tensors().items()}
+        kept = tuple(f"{table.name}." for table in job.plan.tables if table.grid is not None)
+        write_shard(job.shard(-1), {n: t if n.startswith(kept) else _cast(t, job.dtype) for n, t in tensors.items()})
 
 
 def compress_blocks(job: Job, advance: Callable[[int], None]) -> None:
@@ -107,9 +120,30 @@ def _stream(job: Job, name: str, k: int) -> Stream:
     """Returns the hidden states that enter block k; those of the first block are made here."""
     stream = Stream(job.work / f"{name}-{k}", (*job.ids.shape, job.width))
     if k == 0 and not stream.complete:
-        with torch.no_grad():
+        with torch.no_grad(), _rounded_embedding(job) if name == "compressed" else nullcontext():
             stream.write(job.runner.enter(_ids(job, first)) for first in job.batches())
     return stream
+
+
+@contextmanager
+def _rounded_embedding(job: Job) -> Iterator[None]:
+    """The embedding as it was saved stands in the runner, where it is rounded: later blocks see its error."""
+    model = job.runner.model
+    plain = model.get_input_embeddings()
+    name = next(n for n, m in model.named_modules() if m is plain)
+    table = next((t for t in job.plan.tables if t.name == name and t.grid is not None), None)
+    if table is None:
+        yield
+        return
+    assert table.grid is not None
+    packed = PackedEmbedding(plain, table.grid, dtype=torch.float32)
+    stored = load_file(job.shard(-1))
+    fill(packed, {leaf: stored[f"{name}.{leaf}"] for leaf in packed.state_dict()}, job.device)
+    try:
+        model.set_submodule(name, packed)
+        yield
+    finally:
+        model.set_submodule(name, plain)
 
 
 def _temporary(job: Job, name: str, width: int) -> Stream:
@@ -119,9 +153,9 @@ def _temporary(job: Job, name: str, width: int) -> Stream:
 
 def _compress_block(job: Job, k: int) -> None:
     original = job.load(k)
-    planned = {m.name.removeprefix(f"{job.runner.path}.{k}."): m for m in job.plan.block(k) if m.sites is not None}
+    planned = {m.name.removeprefix(f"{job.runner.path}.{k}."): m for m in job.plan.block(k) if m.changed}
     compressed = copy.deepcopy(original)
-    layers: dict[str, MPOLinear] = {}
+    layers: dict[str, MPOLinear | PackedLinear] = {}
     errors: dict[str, float] = {}
     prefix = f"{job.runner.path}.{k}."
 
@@ -139,7 +173,7 @@ def _compress_block(job: Job, k: int) -> None:
     for name, layer in layers.items():
         compressed.set_submodule(name, layer)
     write_json(job.work / f"errors-{k}.json", errors)
-    write_shard(job.shard(k), {prefix + n: _cast(t, job.dtype) for n, t in compressed.state_dict().items()})
+    write_shard(job.shard(k), {prefix + n: t for n, t in saved_state(compressed, job.dtype).items()})
 
 
 Put = Callable[[str, Tensor, Tensor | None], None]
@@ -305,26 +339,61 @@ class _LastMatrix:
 
 def fit_matrix(
     matrix: nn.Module, plan: MatrixPlan, C: Tensor | None, D: Tensor | None, B: Tensor | None, job: Job
-) -> tuple[MPOLinear, float]:
-    """Returns the layer that replaces `matrix`, with weights rounded to the saved dtype, and its relative error in the metric.
+) -> tuple[MPOLinear | PackedLinear, float]:
+    """Returns the layer that replaces `matrix`, with weights rounded as saved, and its relative error in the metric.
 
     Args:
         C: moment of the inputs that the layer will see, or None for the Frobenius metric.
         D: `E[(x - xh) xh^T]`, how far those are from the original's, or None.
         B: moment of the loss gradient at the output, or None.
     """
-    assert plan.sites is not None
     W = weight(matrix)
+    bias = getattr(matrix, "bias", None)
     try:
         target = W
         if C is not None and D is not None:
             target = propagated_target(W, C + D, C, job.recipe.propagation_strength, job.recipe.damping)
-        mpo = _fit(target, plan, C, B, job.recipe)
+        layer = _layer(target, plan, C, B, bias, job)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
-    layer = MPOLinear.from_mpo(mpo, bias=getattr(matrix, "bias", None), gauge=plan.gauge, dtype=job.dtype)
     layer.to(torch.float32).requires_grad_(False)
     return layer, relative_error(W, layer.to_matrix(), C, B)
+
+
+def _layer(
+    target: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, bias: Tensor | None, job: Job
+) -> MPOLinear | PackedLinear:
+    if plan.sites is None:
+        assert plan.grid is not None
+        rounded = round_to_nearest(target, plan.grid) if C is None else gptq(target, plan.grid, C)
+        return PackedLinear.from_rounded(rounded, None if bias is None else bias.to(job.dtype))
+    mpo = _fit(target, plan, C, B, job.recipe)
+    layer = MPOLinear.from_mpo(mpo, bias=bias, gauge=plan.gauge, dtype=job.dtype)
+    if plan.grid is not None:
+        damping = job.recipe.damping
+        network = round_network(
+            target, mpo, plan.grid, input_moment=C, output_moment=B, gauge=plan.gauge, damping=damping
+        )
+        layer.pivots = None if network.pivots is None else network.pivots.to(torch.int32)
+        for k, rounded_core in enumerate(network.weights):
+            if rounded_core is not None:
+                layer.cores[k] = PackedLinear.from_rounded(rounded_core)
+    return layer
+
+
+def round_table(weight: Tensor, table: MatrixPlan, moments: Path | None, *, tied: bool) -> Rounded:
+    """Returns an embedding or head, (vocabulary, width), rounded in the metric of what it is used for.
+
+    Args:
+        moments: directory of the gradients stage: what the head reads, and the loss gradient at the embedding's output.
+        tied: the matrix is embedding and head at once.
+    """
+    assert table.grid is not None
+    metric = table_moment(moments, table.name, tied) if moments is not None else None
+    try:
+        return round_to_nearest(weight, table.grid) if metric is None else gptq(weight, table.grid, metric)
+    except ValueError as error:
+        raise ModelError(f"{table.name}: {error}") from error
 
 
 def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe: Recipe) -> MPO:
