@@ -16,8 +16,10 @@ LEVELS = {
     "stages": 3,
     "rundir": 3,
     "run": 4,
+    "healing": 5,
     "scoring": 5,
     "pipeline": 5,
+    "profiling": 5,
     "cli": 6,
 }
 HOME = "bondsmith"

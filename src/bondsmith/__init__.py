@@ -10,6 +10,7 @@ import bondsmith.model.hub  # noqa: F401  registers the quantizer, so that from_
 from bondsmith._version import __version__
 
 if TYPE_CHECKING:
+    from bondsmith.healing import Healed, heal
     from bondsmith.model.hub import load
     from bondsmith.model.source import ModelError
     from bondsmith.nn.linear import MPOLinear
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Compressed": "bondsmith.pipeline",
+    "Healed": "bondsmith.healing",
     "MPOLinear": "bondsmith.nn.linear",
     "Grid": "bondsmith.tensor.rounding",
     "ModelError": "bondsmith.model.source",
@@ -29,12 +31,14 @@ _HOMES = {
     "Plan": "bondsmith.stages.plan",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
+    "heal": "bondsmith.healing",
     "load": "bondsmith.model.hub",
 }
 
 __all__ = [
     "Compressed",
     "Grid",
+    "Healed",
     "MPOLinear",
     "ModelError",
     "PackedEmbedding",
@@ -43,6 +47,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "compress",
+    "heal",
     "load",
 ]
 

@@ -32,12 +32,13 @@ def main() -> None:
     from bondsmith.model.source import ModelError
     from bondsmith.recipe import RecipeError
     from bondsmith.rundir import RunError
+    from bondsmith.stages.healing.settings import HealError
     from bondsmith.stages.plan import PlanError
     from bondsmith.stages.rows import TaskError
 
     try:
         app()
-    except (DataError, DiskFullError, ModelError, PlanError, RecipeError, RunError, TaskError) as error:
+    except (DataError, DiskFullError, HealError, ModelError, PlanError, RecipeError, RunError, TaskError) as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -134,6 +135,195 @@ def compress(
             progress=show,
         )
     _show_results(done.path, done.results)
+
+
+@app.command()
+def heal(
+    directory: Annotated[Path, typer.Argument(help="A compressed directory.")],
+    data: Annotated[list[str], typer.Option(help="FILE.txt, FILE.jsonl[.gz] or hf:DATASET to train on. Repeatable.")],
+    to: Annotated[Path | None, typer.Option("--out", help="Where the healed model goes; DIRECTORY without it.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens in all (300000).")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The original; the one DIRECTORY names without it.")] = None,
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Train on the text alone (fine-tuning).")] = False,
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Keep the original in memory instead of its predictions on disk.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Keep the original's predictions here, for other runs.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Share of a core's size that a step moves it.")] = None,
+    kl_weight: Annotated[float | None, typer.Option(help="Of the divergence from the original.")] = None,
+    ce_weight: Annotated[float | None, typer.Option(help="Of the cross entropy of the text.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows per step, over all processes (4).")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Windows per forward pass (2).")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window (512).")] = None,
+    loss_on: Annotated[str | None, typer.Option(help="all tokens, or answers of chats; auto.")] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Train embedding and head too.")] = False,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Less memory, a third more time.")
+    ] = False,
+    validation_windows: Annotated[int | None, typer.Option(help="Windows per text that are held out (4).")] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations (eight in all).")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints besides.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Validations without a gain that end it (4; 0 never).")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here override it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    finish: Annotated[bool, typer.Option("--finish", help="Write the best state of an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out; drop an interrupted run.")] = False,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Do not measure quality anew.")] = False,
+) -> None:
+    """Train the networks of a compressed directory to predict what the original predicts. Also under torchrun."""
+    from bondsmith.healing import heal as heal_directory
+    from bondsmith.stages.healing.settings import read_settings
+
+    given = {
+        "data": data,
+        "tokens": tokens,
+        "window": window,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "learning_rate": learning_rate,
+        "kl_weight": kl_weight,
+        "ce_weight": ce_weight,
+        "embeddings": embeddings or None,
+        "loss_on": loss_on,
+        "validation_windows": validation_windows,
+        "validate_every": validate_every,
+        "save_every": save_every,
+        "patience": patience,
+        "resident": resident or None,
+        "checkpoint_activations": checkpoint_activations or None,
+        "precision": precision,
+        "device": device,
+        "seed": seed,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    with progress_bars() as show:
+        done = heal_directory(
+            directory,
+            to,
+            teacher=False if no_teacher else teacher or True,
+            cache=cache,
+            resume=resume,
+            finish=finish,
+            overwrite=overwrite,
+            evaluate=not no_evaluate,
+            command=shlex.join(["bondsmith", *sys.argv[1:]]),
+            progress=show,
+            tell=_tell,
+            **(read_settings(recipe) | changes),
+        )
+    out.print(str(done), highlight=False)
+    out.print(f"model   {done.path}", highlight=False, soft_wrap=True)
+
+
+def _tell(moment: Any) -> None:
+    if moment.validation is not None:
+        err.print(str(moment), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory or .gguf file.")],
+    directory: Annotated[Path, typer.Option("--out", help="Where the profile goes.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Measure: cut one matrix at a time, in some blocks, and score the model.")
+    ] = False,
+    blocks: Annotated[
+        str | None, typer.Option(help="With --layers: which blocks, 0,5,15,29 (four by default).")
+    ] = None,
+    keeps: Annotated[
+        str | None, typer.Option(help="With --layers: shares of the parameters kept (0.1,0.25,0.5,0.75,0.9).")
+    ] = None,
+    sites: Annotated[str | None, typer.Option(help="With --layers: matrix, interleaved:N, thin:S or legs.")] = None,
+    metric: Annotated[str | None, typer.Option(help="frobenius, input or loss (the default).")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress. Repeatable.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (8192).")] = None,
+    evaluation: Annotated[
+        list[str] | None, typer.Option(help="With --layers: text to score (held-out calibration text). Repeatable.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="With --layers: windows scored (4).")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window (256).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="With --layers: lm-eval tasks to score, comma separated.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of local benchmark files instead of hub data sets.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows per task.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew.")] = False,
+) -> None:
+    """Show what each matrix of MODEL can bear."""
+    from bondsmith import profiling
+
+    if not layers:
+        raise typer.BadParameter("give --layers")
+    given: dict[str, Any] = {
+        "blocks": _numbers("--blocks", blocks, int),
+        "keeps": _numbers("--keeps", keeps, float),
+        "sites": sites,
+        "metric": metric,
+        "calibration": calibration,
+        "tokens": tokens,
+        "evaluation": evaluation,
+        "windows": windows,
+        "window": window,
+        "tasks": tasks and tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        "data": str(data) if data else None,
+        "limit": limit,
+        "device": device,
+        "seed": seed,
+    }
+    settings = profiling.LayerSettings(**{k: v for k, v in given.items() if v not in (None, [])})
+    with progress_bars() as show:
+        done = profiling.profile_layers(
+            model,
+            directory,
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            command=shlex.join(["bondsmith", *sys.argv[1:]]),
+            progress=show,
+        )
+    for table in done.tables():
+        out.print(table)
+    out.print(f"page   {directory / profiling.PAGE}", highlight=False, soft_wrap=True)
+
+
+def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+    try:
+        return None if text is None else tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers like 1,5,9", param_hint=option) from error
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub id, .gguf file or directory; a config.json alone will do.")],
+    keep: Annotated[float | None, typer.Option(help="Share of the matrices' parameters to keep, e.g. 0.8.")] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", help="Size instead: share of 4 bytes a parameter (0.07) or 38MB.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the saved weights: auto, float32, float16, bfloat16.")] = None,
+    sites: Annotated[str | None, typer.Option(help="As of compress.")] = None,
+    metric: Annotated[str | None, typer.Option(help="frobenius, input or loss (the default).")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress; self needs the whole model.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768).")] = None,
+    keep_dense: Annotated[list[str] | None, typer.Option(help="Matrices to leave alone. Repeatable.")] = None,
+    no_gauge: Annotated[bool, typer.Option("--no-gauge", help="Store full cores.")] = False,
+    no_propagate: Annotated[bool, typer.Option("--no-propagate", help="Calibrate on the original's inputs.")] = False,
+) -> None:
+    """Show what compressing MODEL would give and take, from its configuration alone: sizes, memory, disk and time."""
+    from bondsmith.model.facts import read_facts
+    from bondsmith.recipe import Recipe
+    from bondsmith.stages import estimate as stage
+
+    given: dict[str, Any] = {"keep": keep, "bytes": bytes_, "dtype": dtype, "sites": sites, "metric": metric}
+    given |= {"calibration": calibration, "tokens": tokens, "keep_dense": keep_dense}
+    given |= {"gauge": False if no_gauge else None, "propagate": False if no_propagate else None}
+    settings = Recipe.from_settings({name: value for name, value in given.items() if value not in (None, [])})
+    for table in stage.estimate(read_facts(model), settings, stage.measure_speed()).tables():
+        out.print(table)
 
 
 @app.command("eval")

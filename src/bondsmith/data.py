@@ -64,7 +64,7 @@ def check_spec(spec: str) -> None:
         if spec.startswith("hf:") and not spec[3:].split(":")[0]:
             raise DataError(f"{spec}: write hf:DATASET[:CONFIG[:SPLIT]]")
         return
-    if next(_documents(spec), None) is None:
+    if next(documents(spec), None) is None:
         raise DataError(f"{spec} is empty: a calibration text needs at least one document")
 
 
@@ -79,11 +79,11 @@ def read_windows(
     Raises:
         DataError: the file, data set or column is missing, or the text is too short.
     """
-    documents = list(_documents(spec))
-    random.Random(seed).shuffle(documents)
+    rows = list(documents(spec))
+    random.Random(seed).shuffle(rows)
     tokens: list[int] = []
     used = 0
-    for document in documents[skip:]:
+    for document in rows[skip:]:
         if len(tokens) >= count * window:
             break
         tokens += _tokenise(document, tokenizer, spec)
@@ -182,7 +182,7 @@ def _tokenise(document: str | list[dict[str, str]], tokenizer: Any, spec: str) -
     return ids
 
 
-def _documents(spec: str) -> Iterator[str | list[dict[str, str]]]:
+def documents(spec: str) -> Iterator[str | list[dict[str, str]]]:
     if spec.startswith("hf:"):
         yield from _hub_documents(spec)
         return

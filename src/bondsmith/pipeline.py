@@ -119,6 +119,8 @@ class _Compression(Run):
             decompose.compress_blocks(job, lambda k: self.progress("decompose", (k + 1) / count))
         self.finish_model(job, tokenizer)
         results = self.describe(job, calibration)
+        if training := decompose.read_training(job):
+            results["blockwise"] = training
         del job, runner, opened
         if evaluate:
             results |= self.evaluate(source, held_out)

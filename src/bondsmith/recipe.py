@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Recipe:
         group: columns that share a scale in rounding to 4 bits and fewer.
         plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
         bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
+        channels: a plan may also drop hidden channels of MLPs (their hidden bond), refitting the matrix that reads them.
         metric: error that the networks minimise: frobenius, input (second moments of inputs) or loss (also of gradients).
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
         propagate: fit each matrix to the inputs that the already compressed layers before it produce.
@@ -51,6 +53,10 @@ class Recipe:
         evaluation: SPECs of evaluation text; a held-out part of the calibration text is used always.
         evaluation_windows: windows per evaluation text.
         damping: share of the mean eigenvalue added to every second moment.
+        blockwise: passes over the calibration windows that train each block's networks and norms, right after they are fitted; 0 for none.
+        blockwise_rate: how far a step moves a network's cores, as a share of their size.
+        blockwise_view: share of the loss on the original's inputs instead of those of the compressed blocks before, in [0, 1).
+        blockwise_ahead: original blocks after it through which the error is followed; each is in memory meanwhile.
         keep_dense: glob patterns of matrices that stay as they are, e.g. "*.layers.0.*".
         dtype: dtype of the saved weights; auto is the checkpoint's own (float32 for GGUF files).
         device: where to compute: auto, cpu, cuda, cuda:1, ...
@@ -66,6 +72,7 @@ class Recipe:
     group: int = 64
     plan: str | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    channels: bool = True
     metric: str = "loss"
     sites: str = "auto"
     propagate: bool = True
@@ -77,6 +84,10 @@ class Recipe:
     evaluation: tuple[str, ...] = ()
     evaluation_windows: int = 8
     damping: float = 1e-3
+    blockwise: int = 0
+    blockwise_rate: float = 0.01
+    blockwise_view: float = 0.0
+    blockwise_ahead: int = 1
     keep_dense: tuple[str, ...] = field(default=())
     dtype: str = "auto"
     device: str = "auto"
@@ -95,15 +106,24 @@ class Recipe:
         self._check()
 
     def _check_types(self) -> None:
-        for name in ("tokens", "window", "evaluation_windows", "seed", "group"):
+        for name in ("tokens", "window", "evaluation_windows", "blockwise", "blockwise_ahead", "seed", "group"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise RecipeError(f"{name}: {value!r} is not a whole number")
-        for name in ("keep", "multiply_adds", "loss", "propagation_strength", "damping"):
+        numbers = (
+            "keep",
+            "multiply_adds",
+            "loss",
+            "propagation_strength",
+            "damping",
+            "blockwise_rate",
+            "blockwise_view",
+        )
+        for name in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise RecipeError(f"{name}: {value!r} is not a number")
-        for name in ("propagate", "gauge", "uniform"):
+        for name in ("propagate", "gauge", "uniform", "channels"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}: {getattr(self, name)!r} is neither true nor false")
 
@@ -129,6 +149,28 @@ class Recipe:
             raise RecipeError(f"propagation_strength: {self.propagation_strength} is not in [0, 1]")
         if not 0 < self.damping < 1:
             raise RecipeError(f"damping: {self.damping} is not in (0, 1)")
+        self._check_blockwise()
+
+    def _check_blockwise(self) -> None:
+        if self.blockwise < 0 or self.blockwise_ahead < 0:
+            raise RecipeError(
+                f"blockwise: {self.blockwise} passes, {self.blockwise_ahead} blocks ahead: neither may be negative"
+            )
+        if not self.blockwise:
+            return
+        if not self.propagate or not self.needs_moments:
+            raise RecipeError(
+                "blockwise: training a block needs what the compressed blocks before it produce: "
+                "set propagate to true and metric to input or loss"
+            )
+        if not 0 < self.blockwise_rate < 1:
+            raise RecipeError(f"blockwise_rate: {self.blockwise_rate} is not in (0, 1)")
+        if not 0 <= self.blockwise_view < 1:
+            raise RecipeError(f"blockwise_view: {self.blockwise_view} is not in [0, 1)")
+        if self.tokens < 2 * self.window:
+            raise RecipeError(
+                f"blockwise: {self.tokens} tokens are one window of {self.window}; one to train on and one held out are needed"
+            )
 
     def _check_budgets(self) -> None:
         if not self.planned and self.plan is None and len(self.grids) != 1:
@@ -172,6 +214,10 @@ class Recipe:
                 raise RecipeError(f"bits: {bits!r} is not one of 16 (not rounded), 8, 4, 3, 2")
         if self.group < 8:
             raise RecipeError(f"group: {self.group} columns are too few to share a scale; 32, 64 and 128 are usual")
+
+    def spares(self, name: str) -> bool:
+        """Returns whether a matrix is to stay as it is."""
+        return any(fnmatch(name, pattern) for pattern in self.keep_dense)
 
     @property
     def planned(self) -> bool:

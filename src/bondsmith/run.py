@@ -28,7 +28,7 @@ from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, 
 from bondsmith.stages import decompose, moments
 from bondsmith.stages.plan import MatrixPlan, Plan, uniform_plan
 from bondsmith.stages.planning import NO_TABLES, Tables, check_budget, planned
-from bondsmith.stages.profile import Profile, fast_profile, table_losses
+from bondsmith.stages.profile import Profile, Seen, fast_profile, table_losses
 from bondsmith.stages.streams import Stream
 
 Progress = Callable[[str, float], None]
@@ -118,19 +118,23 @@ class Run:
             return Profile.load(folder)
         path, metric = opened.runner.path, self.recipe.metric
 
-        def moments_of(k: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        def seen(k: int) -> Seen:
             for other in range(len(opened.runner)):
                 empty(opened.runner.blocks[other])
             job.load(k)
-            C = moments.load_input_moments(self.gradients_folder, k) if metric != "frobenius" else {}
-            B = moments.load_output_moments(self.gradients_folder, k) if metric == "loss" else {}
-            prefix = f"{path}.{k}."
-            return {prefix + n: t for n, t in C.items()}, {prefix + n: t for n, t in B.items()}
+            if metric == "frobenius":
+                return Seen({}, {})
+            prefix, folder = f"{path}.{k}.", self.gradients_folder
+            C = {prefix + n: t for n, t in moments.load_input_moments(folder, k).items()}
+            found = moments.load_output_moments(folder, k) if metric == "loss" else {}
+            bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)] if self.recipe.channels else []
+            free = [b for b in bonds if not any(self.recipe.spares(n) for n in (*b.writers, b.reader))]
+            return Seen(C, {prefix + n: t for n, t in found.items()}, free)
 
         profile = fast_profile(
             opened.shapes,
             lambda name: weight(opened.runner.model.get_submodule(name)),
-            moments_of,
+            seen,
             metric=metric,
             tokens=self.gradient_ids(job).numel() if metric != "frobenius" else 0,
             damping=self.recipe.damping,

@@ -50,12 +50,15 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def open_directory(out: Path, resume: bool, overwrite: bool) -> Path:
-    """Returns `OUT.partial`, made or found again; RunError where `out` or an unfinished run is in the way."""
+def open_directory(out: Path, resume: bool, overwrite: bool, replaces: bool = False) -> Path:
+    """Returns `OUT.partial`, made or found again; RunError where `out` or an unfinished run is in the way.
+
+    `replaces` is for commands whose result takes the place of what is in `out`.
+    """
     partial = out.with_name(out.name + ".partial")
     if out.is_file():
         raise RunError(f"{out} is a file: give a directory")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if out.is_dir() and any(out.iterdir()) and not (overwrite or replaces):
         raise RunError(f"{out} exists and is not empty: choose another directory, or --overwrite to replace it")
     if partial.exists() and not resume:
         if not overwrite:

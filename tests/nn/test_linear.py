@@ -176,11 +176,21 @@ def test_bfloat16_and_autocast(spec, gauge):
         assert (y - expected).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize(("spec", "gauge"), [("matrix", True), ("interleaved:2", False)])
-def test_compile(spec, gauge):
+@pytest.mark.parametrize(("spec", "gauge"), [("matrix", True), ("thin:2", True), ("interleaved:3", False)])
+def test_compile_with_gradients_and_autocast(spec, gauge):
     for way in both_ways(layer_of(spec, gauge)[0]):
-        x = torch.randn(3, 36)
-        torch.testing.assert_close(torch.compile(way, backend="aot_eager", fullgraph=True)(x), way(x))
+        x = torch.randn(3, 36, requires_grad=True)
+        torch.compiler.reset()  # every layer counts against one limit of recompilations
+        compiled = torch.compile(way, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), way(x))
+        found = []
+        for call in (compiled, way):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = call(x)
+            assert y.dtype == torch.bfloat16
+            found.append(torch.autograd.grad(y.float().square().sum(), (x, *way.parameters())))
+        for one, other in zip(*found, strict=True):
+            assert (one - other).norm() <= 0.03 * other.norm()
 
 
 def test_costs_choose_the_way():

@@ -41,6 +41,7 @@ def compress(original: Path, text: Path, out: Path, **settings: Any) -> bondsmit
         {"keep": 0.7, "bits": 3, "group": 16, "gauge": False, "propagate": False},
         {"keep": 0.6, "bits": 8, "sites": "interleaved:2"},
         {"keep": 0.7, "bits": 8, "metric": "frobenius"},
+        {"keep": 0.7, "bits": 4, "group": 16, "blockwise": 2},
     ],
     ids=str,
 )

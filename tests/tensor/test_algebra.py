@@ -44,7 +44,7 @@ def test_schmidt_values_and_entropies_are_those_of_the_dense_matrix(mpo):
         torch.testing.assert_close(values, dense[: len(values)], atol=1e-9, rtol=1e-9)
         assert dense[len(values) :].norm() < 1e-9
         p = dense.square() / dense.square().sum()
-        assert entropy == pytest.approx(-sum(x * math.log(x) for x in p.tolist() if x > 0), abs=1e-9)
+        assert entropy.item() == pytest.approx(-sum(x * math.log(x) for x in p.tolist() if x > 0), abs=1e-9)
 
 
 @given(mpos(), st.integers(1, 4))
@@ -53,12 +53,12 @@ def test_truncation_knows_its_error_exactly(mpo, bond):
     assert all(kept <= bond for kept in cut.mpo.bonds)
     error = (mpo.to_matrix() - cut.mpo.to_matrix()).norm().item()
     scale = mpo.to_matrix().norm().item()
-    assert error == pytest.approx(cut.error, rel=1e-10, abs=1e-12 * scale)
+    assert error == pytest.approx(cut.error.item(), rel=1e-10, abs=1e-12 * scale)
     spectra = algebra.schmidt_values(mpo)
     bound = sum(values[bond:].square().sum().item() for values in spectra)
     assert cut.error**2 <= bound * (1 + 1e-10) + 1e-20
     if len(mpo.bonds) == 1:
-        assert cut.error**2 == pytest.approx(bound, rel=1e-10, abs=1e-20)
+        assert cut.error.item() ** 2 == pytest.approx(bound, rel=1e-10, abs=1e-20)
 
 
 @given(mpos(), st.floats(0.0, 0.9))
@@ -85,8 +85,8 @@ def test_sum_scale_inner_norm_and_transpose(mpo, factor, seed):
     one, two = mpo.to_matrix(), other.to_matrix()
     total = algebra.add(mpo, algebra.scale(other, factor))
     same(total, one + factor * two)
-    assert algebra.inner(mpo, other) == pytest.approx((one * two).sum().item(), rel=1e-9, abs=1e-9)
-    assert algebra.norm(mpo) == pytest.approx(one.norm().item())
+    assert algebra.inner(mpo, other).item() == pytest.approx((one * two).sum().item(), rel=1e-9, abs=1e-9)
+    assert algebra.norm(mpo).item() == pytest.approx(one.norm().item())
     same(algebra.transpose(mpo), one.T)
     recompressed = algebra.truncate(algebra.add(mpo, mpo), discard=1e-20).mpo
     same(recompressed, 2 * one)
@@ -103,6 +103,65 @@ def test_gauges_change_nothing(mpo, data):
     moved = algebra.regauge(mpo, bond, gauge)
     same(moved, mpo.to_matrix())
     assert not torch.equal(moved.cores[bond], mpo.cores[bond])
+
+
+@settings(max_examples=30)
+@given(mpos(), st.integers(1, 4), st.integers(0, 999))
+def test_a_batch_is_its_networks(mpo, bond, seed):
+    generator = torch.Generator().manual_seed(seed)
+    other = MPO(tuple(torch.randn(core.shape, generator=generator, dtype=torch.float64) for core in mpo.cores))
+    pair, both = [mpo, other], MPO.stack([mpo, other])
+    same(both, torch.stack([one.to_matrix() for one in pair]))
+    x = torch.randn(2, 3, mpo.sites.in_features, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(both.apply(x), torch.stack([one.apply(part) for one, part in zip(pair, x, strict=True)]))
+    cut, cuts = algebra.truncate(both, bond), [algebra.truncate(one, bond) for one in pair]
+    torch.testing.assert_close(cut.error, torch.stack([one.error for one in cuts]), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(algebra.norm(both), torch.stack([algebra.norm(one) for one in pair]))
+    torch.testing.assert_close(algebra.inner(both, both), algebra.norm(both) ** 2)
+    for k, values in enumerate(algebra.entropies(both)):
+        torch.testing.assert_close(values, torch.stack([algebra.entropies(one)[k] for one in pair]))
+    same(algebra.add(both, algebra.scale(both, 2.0)), 3 * both.to_matrix())
+    same(algebra.transpose(both), both.to_matrix().mT)
+    loose = algebra.truncate(both, discard=0.1)
+    assert (loose.error**2 <= 0.1 * algebra.norm(both) ** 2 * (1 + 1e-9)).all()
+    if mpo.bonds:
+        size = both.bonds[0]
+        same(algebra.regauge(both, 0, 2 * torch.eye(size, dtype=torch.float64)), both.to_matrix())
+        one, two = algebra.canonical(both, 0), [algebra.canonical(each, 0) for each in pair]
+        for n in range(2):
+            torch.testing.assert_close(one[n].cores[0].norm(), two[n].cores[0].norm())
+
+
+def test_a_batch_of_unequal_bonds_and_more_dimensions():
+    one, two = (sequential_svd(torch.randn(6, 6, dtype=torch.float64), Sites((2, 3), (3, 2)), bond) for bond in (2, 4))
+    both = MPO.stack([one, two])
+    assert (both.bonds, both.batch, both.parameters) == ((4,), (2,), 96)
+    same(both[0], one.to_matrix())
+    grid = MPO(tuple(core.reshape(1, 2, *core.shape[1:]) for core in both.cores))
+    x = torch.randn(1, 2, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(grid.apply(x), x @ grid.to_matrix().mT)
+    assert str(grid).startswith("2 times MPO (2,3)(3,2) bonds (4,)")
+    with pytest.raises(ValueError, match=r"do not make a batch"):
+        MPO.stack([one, algebra.transpose(one)])
+    with pytest.raises(ValueError, match=r"\(2,\) networks need as many parts"):
+        both.apply(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=r"before \(a, o, i, b\) differ"):
+        MPO((both.cores[0], two.cores[1]))
+    with pytest.raises(ValueError, match=r"batches of \(2,\) and \(\) networks"):
+        algebra.inner(both, one)
+    with pytest.raises(IndexError, match=r"is one network"):
+        one[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_dtype_is_computed_in_float64(dtype):
+    exact = sequential_svd(torch.randn(12, 12, dtype=torch.float64), Sites((3, 4), (4, 3)), 6)
+    mpo = exact.to(dtype=dtype)
+    for moved in (algebra.canonical(mpo, 0), algebra.truncate(mpo, 3).mpo, algebra.add(mpo, mpo)):
+        assert moved.dtype == dtype
+    assert algebra.truncate(mpo, 3).error.dtype == torch.float64
+    cut = algebra.truncate(exact, 3).error
+    torch.testing.assert_close(algebra.truncate(mpo, 3).error, cut, rtol=20 * torch.finfo(dtype).eps, atol=0)
 
 
 @settings(max_examples=10)

@@ -7,11 +7,15 @@ the blocks that are not wanted, and stops it after the one that is.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +49,19 @@ def shape(matrix: nn.Module) -> tuple[int, int]:
 def weight(matrix: nn.Module) -> Tensor:
     """Returns the weight as (out features, in features)."""
     return _stored(matrix).T if isinstance(matrix, Conv1D) else _stored(matrix)
+
+
+@contextmanager
+def replaced_weight(matrix: nn.Module, new: Tensor) -> Iterator[None]:
+    """Has `new`, (out features, in features), as the weight of `matrix` meanwhile; modules that share the parameter see it too."""
+    parameter = matrix.weight
+    assert isinstance(parameter, nn.Parameter)
+    old = parameter.data
+    parameter.data = new.T.contiguous() if isinstance(matrix, Conv1D) else new
+    try:
+        yield
+    finally:
+        parameter.data = old
 
 
 def _stored(matrix: nn.Module) -> Tensor:
@@ -148,6 +165,51 @@ class BlockRunner:
                 return None
 
     @contextmanager
+    def resuming(self, index: int, folder: Path) -> Iterator[None]:
+        """Lets the model's own forward passes start at block `index` meanwhile, for token ids that it has seen meanwhile.
+
+        The hidden states that enter the block wait in `folder`. For a model in memory whose blocks before `index` do not change. Passes
+        that keep keys and values (generation) or have a mask run from the start.
+        """
+        known: dict[bytes, Path] = {}
+        key: bytes | None = None
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal key
+            ids = args[0] if args else kwargs.get("input_ids")
+            plain = kwargs.get("use_cache") is False and kwargs.get("attention_mask") is None
+            known_by = (
+                f"{tuple(ids.shape)}".encode() + ids.cpu().numpy().tobytes() if plain and ids is not None else None
+            )
+            key = known_by and hashlib.sha256(known_by).digest()
+
+        def before(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            if key in known:
+                return (hidden,) if self._tuples else hidden
+            out = run(hidden)
+            self._tuples = isinstance(out, tuple)
+            return out
+
+        def at(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            if key in known:
+                return run(torch.load(known[key]).to(hidden.device))
+            if key is not None and index:
+                known[key] = folder / f"hidden-{len(known)}.pt"
+                torch.save(hidden.cpu(), known[key])
+            return run(hidden)
+
+        acts: dict[int, Any] = {i: lambda hidden, run: run(hidden) for i in range(len(self))}
+        acts |= dict.fromkeys(range(index), before) | {index: at}
+        handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with self._gates(acts, {}):
+                yield
+        finally:
+            handle.remove()
+            for path in known.values():
+                path.unlink(missing_ok=True)
+
+    @contextmanager
     def _gates(self, acts: dict[int, Any], modules: dict[int, nn.Module]) -> Iterator[None]:
         blocks = self.blocks
         originals = list(blocks)
@@ -225,6 +287,68 @@ def trace_groups(block: nn.Module, run: Callable[[], Tensor]) -> list[Group]:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+@dataclass(frozen=True)
+class HiddenBond:
+    """The hidden channels between matrices of a block: `writers` give them, an elementwise function passes them on, `reader` takes them.
+
+    A writer has `channels` rows, or a multiple where several are fused into one (gate and up).
+    """
+
+    writers: tuple[str, ...]
+    reader: str
+    channels: int
+
+    def inside(self, prefix: str) -> HiddenBond:
+        """Returns the bond with `prefix` before all names."""
+        return HiddenBond(tuple(prefix + name for name in self.writers), prefix + self.reader, self.channels)
+
+    def rows(self, kept: Tensor, out_features: int) -> Tensor:
+        """Returns the rows of a writer of `out_features` rows that belong to the `kept` channels."""
+        copies = out_features // self.channels
+        return torch.cat([kept + copy * self.channels for copy in range(copies)])
+
+
+@torch.no_grad()
+def find_hidden_bonds(block: nn.Module, groups: list[Group], run: Callable[[], Tensor]) -> list[HiddenBond]:
+    """Returns the bonds of a block whose channels can be dropped one by one; `run` gives the hidden state that leaves it.
+
+    That a channel reaches only its own column of the reader's input is tried: every other one is scaled in the writers, and the rest
+    must stay as it was. An MLP passes, attention does not.
+    """
+    found = []
+    for before, group in pairwise(groups):
+        reader, table = group.names[0], matrices(block)
+        sizes = [shape(table[name])[0] for name in before.names]
+        alone = len(group.names) == 1 and group.every_token and before.every_token
+        if alone and all(size % group.in_features == 0 for size in sizes):
+            bond = HiddenBond(before.names, reader, group.in_features)
+            if _channels_are_apart(block, bond, group, run):
+                found.append(bond)
+    return found
+
+
+def _channels_are_apart(block: nn.Module, bond: HiddenBond, group: Group, run: Callable[[], Tensor]) -> bool:
+    odd = torch.arange(1, bond.channels, 2)
+    if not len(odd):
+        return False
+    writers = [block.get_submodule(name) for name in bond.writers]
+    rows = [bond.rows(odd, shape(m)[0]) for m in writers]
+    with capture_inputs(block, [group]) as seen:
+        run()
+        plain = seen[0].clone()
+        saved = [weight(m)[r].clone() for m, r in zip(writers, rows, strict=True)]
+        for m, r in zip(writers, rows, strict=True):
+            weight(m)[r] *= 1.5
+        try:
+            run()
+            scaled = seen[0]
+        finally:
+            for m, r, values in zip(writers, rows, saved, strict=True):
+                weight(m)[r] = values
+    changed = (scaled - plain).abs().amax(0) > 1e-5 * plain.abs().max()
+    return not changed[::2].any() and bool(changed[1::2].any())
 
 
 class _ReachedError(Exception):

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bondsmith.model import digest
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD_BYTES = 2 * 1024**3
 
 
@@ -189,7 +189,7 @@ def file_digest(path: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ModelError(f"{name}: no such directory, and not a hub id of the form owner/model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -207,7 +207,8 @@ def _download(name: str) -> Path:
     return path
 
 
-def _read_config(name: str, path: Path, **kwargs: Any) -> Any:
+def read_config(name: str, path: Path | str, **kwargs: Any) -> Any:
+    """Returns the configuration in a directory or of a hub id; ModelError where transformers cannot read one."""
     try:
         return AutoConfig.from_pretrained(path, **kwargs)
     except Exception as error:  # transformers raises many types here; each means that this is no model it knows
@@ -218,7 +219,7 @@ def _read_config(name: str, path: Path, **kwargs: Any) -> Any:
 def _open_directory(name: str, path: Path, cache: Path) -> Source:
     if not (path / "config.json").is_file():
         raise ModelError(f"{name} is not a model: {path} has no config.json")
-    config = _read_config(name, path)
+    config = read_config(name, path)
     check_supported(config, name)
     weights = sorted(path.glob("*.safetensors"))
     pickles = sorted(path.glob("*.bin"))
@@ -278,7 +279,7 @@ def _open_gguf(name: str, path: Path, cache: Path) -> Source:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{name} is not a GGUF file (its first four bytes are not 'GGUF')")
     if _rewritten(cache, (path,)) is None:
-        config = _read_config(name, path.parent, gguf_file=path.name)
+        config = read_config(name, path.parent, gguf_file=path.name)
         config.__dict__.pop("quantization_config", None)
         check_supported(config, name)
 

@@ -137,6 +137,14 @@ class MPOLinear(nn.Module):
         return fold(cores)
 
     @torch.no_grad()
+    def to_mpo(self) -> MPO:
+        """The network with all numbers of every core, detached; adapters are left out."""
+        cores = self._pivoted_cores(None) if self.pivots is not None else []
+        for k in range(len(cores), self.sites.n):
+            cores.append(weight_to_core(_stored(self.cores[k]), self._shapes[k], self._from_right))
+        return MPO(tuple(core.detach() for core in cores))
+
+    @torch.no_grad()
     def materialise(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary `nn.Linear` with the same matrix and bias; `dtype` is that of packed cores, float32 by default."""
         weight = self.to_matrix(dtype)
@@ -158,10 +166,10 @@ class MPOLinear(nn.Module):
         if pivots is None:
             y = first(z)
         elif x.numel() < self._gather_below or not _is_plain(first):
-            y = torch.cat((z, first(z)), -1).index_select(-1, pivots)
+            y = _Reorder.apply(torch.cat((z, first(z)), -1), pivots)
         else:
             y = F.linear(z, left_factor(_stored(first), pivots))
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)  # under autocast as nn.Linear
 
     def _forward_network(self, x: Tensor) -> Tensor:
         if x.numel() >= self._materialise_from and all(_is_readable(core) for core in self.cores):
@@ -171,7 +179,7 @@ class MPOLinear(nn.Module):
             weights = [core_to_weight(core, self._from_right) for core in self._pivoted_cores(x.dtype)]
             layers[:-1] = [partial(F.linear, weight=weight) for weight in weights]
         y = sweep(self.sites, self.bonds, layers, x, self._from_right)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _pivoted_cores(self, dtype: torch.dtype | None) -> list[Tensor]:
         """All cores but the last, identity blocks put back."""
@@ -189,6 +197,20 @@ class MPOLinear(nn.Module):
         if self.gauge:
             shapes[:-1] = [(a * o * i - b, b) for a, o, i, b in self._shapes[:-1]]
         return shapes
+
+
+class _Reorder(torch.autograd.Function):
+    """`y[..., order]` for a permutation, whose gradient is a gather too: autograd's own would add row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return y.index_select(-1, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(-1, order.argsort()), None
 
 
 def _materialise_from(sites: Sites, bonds: tuple[int, ...]) -> int:

@@ -44,7 +44,7 @@ class HeatMap:
     @property
     def ticks(self) -> list[tuple[int, int]]:
         """(column, block) of the blocks that get a number under the map."""
-        step = 5 if len(self.blocks) <= 60 else 10
+        step = 1 if len(self.blocks) <= 12 else 5 if len(self.blocks) <= 60 else 10
         return [(column, block) for column, block in enumerate(self.blocks) if block % step == 0]
 
 

@@ -11,27 +11,28 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, trace_groups, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedEmbedding, PackedLinear, saved_state
+from bondsmith.nn.packed import PackedLinear, saved_state
 from bondsmith.recipe import Recipe
-from bondsmith.stages.moments import Moment, load_output_moments, stream_weights, table_moment
+from bondsmith.stages import blockwise
+from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.stages.rounding import round_cores, rounded_dense, rounded_embedding, rounded_tables
 from bondsmith.stages.streams import Stream
-from bondsmith.tensor.fit import moment_root, propagated_target, relative_error, sequential_svd, whitened_cut
-from bondsmith.tensor.gptq import gptq
+from bondsmith.tensor.fit import propagated_target, sequential_svd, whitened_cut
+from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
-from bondsmith.tensor.rounded import round_network
-from bondsmith.tensor.rounding import Rounded, round_to_nearest
 from bondsmith.tensor.weighted import fit_mpo
 
 
@@ -82,18 +83,12 @@ class Job:
 
 
 def compress_rest(job: Job) -> None:
-    """Writes the weight file of everything outside the blocks: in the dtype of the saved model, embedding and head as planned."""
+    """Writes the weight file of everything outside the blocks, in the dtype of the saved model."""
     if not job.shard(-1).is_file():
         names = [n for n in stored_names(job.runner.model) if not n.startswith(job.runner.path + ".")]
         tensors = job.source.read(names)
-        for table in job.plan.tables:
-            if table.grid is not None:
-                rounded = round_table(
-                    tensors.pop(f"{table.name}.weight"), table, job.fisher, tied=len(job.plan.tables) == 1
-                )
-                tensors |= {f"{table.name}.{leaf}": t for leaf, t in rounded.tensors().items()}
-        kept = tuple(f"{table.name}." for table in job.plan.tables if table.grid is not None)
-        write_shard(job.shard(-1), {n: t if n.startswith(kept) else _cast(t, job.dtype) for n, t in tensors.items()})
+        rounded = rounded_tables(job.plan, tensors, job.fisher)
+        write_shard(job.shard(-1), {name: _cast(t, job.dtype) for name, t in tensors.items()} | rounded)
 
 
 def compress_blocks(job: Job, advance: Callable[[int], None]) -> None:
@@ -116,34 +111,20 @@ def read_errors(job: Job) -> dict[str, float]:
     return errors
 
 
+def read_training(job: Job) -> list[dict[str, Any]]:
+    """Returns what block-wise distillation gave, one entry per block that was trained."""
+    files = (job.work / f"blockwise-{k}.json" for k in range(len(job.runner)))
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
 def _stream(job: Job, name: str, k: int) -> Stream:
     """Returns the hidden states that enter block k; those of the first block are made here."""
     stream = Stream(job.work / f"{name}-{k}", (*job.ids.shape, job.width))
     if k == 0 and not stream.complete:
-        with torch.no_grad(), _rounded_embedding(job) if name == "compressed" else nullcontext():
+        saved = rounded_embedding(job.runner.model, job.plan, job.shard(-1), job.device)
+        with torch.no_grad(), saved if name == "compressed" else nullcontext():
             stream.write(job.runner.enter(_ids(job, first)) for first in job.batches())
     return stream
-
-
-@contextmanager
-def _rounded_embedding(job: Job) -> Iterator[None]:
-    """The embedding as it was saved stands in the runner, where it is rounded: later blocks see its error."""
-    model = job.runner.model
-    plain = model.get_input_embeddings()
-    name = next(n for n, m in model.named_modules() if m is plain)
-    table = next((t for t in job.plan.tables if t.name == name and t.grid is not None), None)
-    if table is None:
-        yield
-        return
-    assert table.grid is not None
-    packed = PackedEmbedding(plain, table.grid, dtype=torch.float32)
-    stored = load_file(job.shard(-1))
-    fill(packed, {leaf: stored[f"{name}.{leaf}"] for leaf in packed.state_dict()}, job.device)
-    try:
-        model.set_submodule(name, packed)
-        yield
-    finally:
-        model.set_submodule(name, plain)
 
 
 def _temporary(job: Job, name: str, width: int) -> Stream:
@@ -153,7 +134,7 @@ def _temporary(job: Job, name: str, width: int) -> Stream:
 
 def _compress_block(job: Job, k: int) -> None:
     original = job.load(k)
-    planned = {m.name.removeprefix(f"{job.runner.path}.{k}."): m for m in job.plan.block(k) if m.changed}
+    planned = {m.name.removeprefix(f"{job.runner.path}.{k}."): m for m in job.plan.block(k) if not m.untouched}
     compressed = copy.deepcopy(original)
     layers: dict[str, MPOLinear | PackedLinear] = {}
     errors: dict[str, float] = {}
@@ -172,8 +153,34 @@ def _compress_block(job: Job, k: int) -> None:
         fit(job, k, original, compressed, planned, lambda name, C, D: put(name, C, D, outputs.get(name)))
     for name, layer in layers.items():
         compressed.set_submodule(name, layer)
+    if job.recipe.blockwise and layers:
+        compressed = _train(job, k, compressed)
     write_json(job.work / f"errors-{k}.json", errors)
     write_shard(job.shard(k), {prefix + n: t for n, t in saved_state(compressed, job.dtype).items()})
+
+
+def _train(job: Job, k: int, compressed: nn.Module) -> nn.Module:
+    """Returns the block after block-wise distillation; what leaves it goes to the stream of the next one."""
+    streams = (_stream(job, "compressed", k), _stream(job, "original", k), _stream(job, "original", k + 1))
+    further = range(k + 1, min(k + 1 + job.recipe.blockwise_ahead, len(job.runner)))
+    for j in further:
+        job.load(j)
+    ahead = tuple(partial(job.runner.block, j) for j in further)
+    lesson = blockwise.Lesson(job.runner, k, job.ids, *streams, job.device, ahead)
+    trained, outcome = blockwise.distill(lesson, compressed, job.recipe, job.dtype)
+    for j in further:
+        empty(job.runner.blocks[j])
+    if k + 1 < len(job.runner):
+        _leave(job, k, trained)
+    write_json(job.work / f"blockwise-{k}.json", asdict(outcome) | {"block": k})
+    return trained
+
+
+@torch.no_grad()
+def _leave(job: Job, k: int, compressed: nn.Module) -> None:
+    """Writes the hidden states that leave the compressed block k."""
+    xh, leave = _stream(job, "compressed", k), _stream(job, "compressed", k + 1)
+    leave.write(job.runner.block(k, _ids(job, f), _rows(job, xh, f), compressed) for f in job.batches())
 
 
 Put = Callable[[str, Tensor, Tensor | None], None]
@@ -225,7 +232,8 @@ def _fit_propagated(
     groups = _groups(job, k, original, x, planned)
     inputs = [_temporary(job, f"input-{i}", g.in_features) for i, g in enumerate(groups)]
     _keep_inputs(job, k, original, groups, x, after, inputs)
-    last = _LastMatrix.of(job, k, groups[-1]) if groups else None
+    trains = bool(job.recipe.blockwise and groups)  # then what leaves the block is computed after the training
+    last = _LastMatrix.of(job, k, groups[-1]) if groups and not trains else None
     for group, before in zip(groups, inputs, strict=True):
         ending = last if group is groups[-1] else None
         C, D = _propagated_moments(job, k, compressed, group, before, x, after, ending)
@@ -233,11 +241,10 @@ def _fit_propagated(
             if name in planned:
                 put(name, C, D)
         before.remove()
-    if k + 1 < len(job.runner):
-        leave = _stream(job, "compressed", k + 1)
-        if last is None or not last.finish(original, compressed, leave):
-            xh = _stream(job, "compressed", k)
-            leave.write(job.runner.block(k, _ids(job, f), _rows(job, xh, f), compressed) for f in job.batches())
+    if k + 1 == len(job.runner) or trains:
+        return
+    if last is None or not last.finish(original, compressed, _stream(job, "compressed", k + 1)):
+        _leave(job, k, compressed)
 
 
 def _propagated_moments(
@@ -340,7 +347,7 @@ class _LastMatrix:
 def fit_matrix(
     matrix: nn.Module, plan: MatrixPlan, C: Tensor | None, D: Tensor | None, B: Tensor | None, job: Job
 ) -> tuple[MPOLinear | PackedLinear, float]:
-    """Returns the layer that replaces `matrix`, with weights rounded as saved, and its relative error in the metric.
+    """Returns the layer that replaces `matrix`, with weights rounded to the saved dtype, and its relative error in the metric.
 
     Args:
         C: moment of the inputs that the layer will see, or None for the Frobenius metric.
@@ -348,12 +355,11 @@ def fit_matrix(
         B: moment of the loss gradient at the output, or None.
     """
     W = weight(matrix)
-    bias = getattr(matrix, "bias", None)
     try:
         target = W
         if C is not None and D is not None:
-            target = propagated_target(W, C + D, C, job.recipe.propagation_strength, job.recipe.damping)
-        layer = _layer(target, plan, C, B, bias, job)
+            target = propagated_target(W, D, C, job.recipe.propagation_strength, job.recipe.damping)
+        layer = _layer(target, plan, C, B, getattr(matrix, "bias", None), job)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
     layer.to(torch.float32).requires_grad_(False)
@@ -364,47 +370,20 @@ def _layer(
     target: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, bias: Tensor | None, job: Job
 ) -> MPOLinear | PackedLinear:
     if plan.sites is None:
-        assert plan.grid is not None
-        rounded = round_to_nearest(target, plan.grid) if C is None else gptq(target, plan.grid, C)
-        return PackedLinear.from_rounded(rounded, None if bias is None else bias.to(job.dtype))
-    mpo = _fit(target, plan, C, B, job.recipe)
+        return rounded_dense(target, plan, C, None if bias is None else bias.to(job.dtype))
+    mpo = fit_network(target, plan, C, B, job.recipe.damping)
     layer = MPOLinear.from_mpo(mpo, bias=bias, gauge=plan.gauge, dtype=job.dtype)
-    if plan.grid is not None:
-        damping = job.recipe.damping
-        network = round_network(
-            target, mpo, plan.grid, input_moment=C, output_moment=B, gauge=plan.gauge, damping=damping
-        )
-        layer.pivots = None if network.pivots is None else network.pivots.to(torch.int32)
-        for k, rounded_core in enumerate(network.weights):
-            if rounded_core is not None:
-                layer.cores[k] = PackedLinear.from_rounded(rounded_core)
-    return layer
+    return layer if plan.grid is None else round_cores(layer, target, mpo, plan, C, B, job.recipe.damping)
 
 
-def round_table(weight: Tensor, table: MatrixPlan, moments: Path | None, *, tied: bool) -> Rounded:
-    """Returns an embedding or head, (vocabulary, width), rounded in the metric of what it is used for.
-
-    Args:
-        moments: directory of the gradients stage: what the head reads, and the loss gradient at the embedding's output.
-        tied: the matrix is embedding and head at once.
-    """
-    assert table.grid is not None
-    metric = table_moment(moments, table.name, tied) if moments is not None else None
-    try:
-        return round_to_nearest(weight, table.grid) if metric is None else gptq(weight, table.grid, metric)
-    except ValueError as error:
-        raise ModelError(f"{table.name}: {error}") from error
-
-
-def _fit(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, recipe: Recipe) -> MPO:
+def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> MPO:
+    """Returns the network of a plan for `W`: the sequential SVD where there is no moment `C`, else the best fit in the metric."""
     assert plan.sites is not None
     if C is None:
         return sequential_svd(W, plan.sites, plan.bonds)
     if not plan.sites.is_matrix_cut:
-        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=recipe.damping).mpo
-    rows_in = W.shape[0] > W.shape[1]
-    roots = {"input_root": moment_root(C, recipe.damping)} if rows_in else {"input_moment": C}
-    return whitened_cut(W, plan.bonds[0], output_moment=B, damping=recipe.damping, **roots)
+        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=damping).mpo
+    return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=damping)
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:

@@ -6,20 +6,31 @@ Legend: `T` tokens, `I` in features, `O` out features. Hidden states stream from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, matrices, shape, trace_groups
+from bondsmith.model.blocks import (
+    BlockRunner,
+    Group,
+    HiddenBond,
+    capture_inputs,
+    find_hidden_bonds,
+    matrices,
+    shape,
+    trace_groups,
+)
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
 
 _PANEL = 128  # narrower panels make slow products
+_MIRROR = 512  # rows mirrored at a time
 
 
 class Moment:
@@ -58,10 +69,13 @@ class Moment:
         """Returns the (features, features) mean; ModelError names the matrix if it is not finite or has seen no token."""
         if not self.seen:
             raise ModelError(f"{name}: no calibration token reached this matrix; calibrate on more or other text")
-        mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
         if self._lower:
-            mean = mean.tril() + mean.tril(-1).T
-        if not torch.isfinite(mean).all():
+            for first in range(0, len(self._sum), _MIRROR):  # in place: wide moments are what memory goes to
+                panel = slice(first, min(first + _MIRROR, len(self._sum)))
+                self._sum[panel, panel] = self._sum[panel, panel].tril() + self._sum[panel, panel].tril(-1).T
+                self._sum[panel, panel.stop :] = self._sum[panel.stop :, panel].T
+        mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
+        if not math.isfinite(float(mean.sum())) and not torch.isfinite(mean).all():
             raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
         return mean
 
@@ -199,8 +213,14 @@ def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:
 def load_input_moments(folder: Path, block: int) -> dict[str, Tensor]:
     """Returns `C` by matrix name inside the block, over the windows that gave the gradients; matrices with one input share it."""
     found = _load(folder, block, "input.")
-    groups: dict[str, str] = json.loads((folder / f"groups-{block}.json").read_text())
+    groups: dict[str, str] = json.loads((folder / f"structure-{block}.json").read_text())["inputs"]
     return {name: found[first] for name, first in groups.items()}
+
+
+def load_hidden_bonds(folder: Path, block: int) -> list[HiddenBond]:
+    """Returns the hidden bonds of a block, with names inside it."""
+    rows = json.loads((folder / f"structure-{block}.json").read_text())["bonds"]
+    return [HiddenBond(tuple(row["writers"]), row["reader"], row["channels"]) for row in rows]
 
 
 def _load(folder: Path, block: int, kind: str) -> dict[str, Tensor]:
@@ -259,7 +279,9 @@ def _block_moments(
     table = matrices(block)
     B = {name: Moment(shape(m)[0], device) for name, m in table.items()}
     with torch.no_grad():
-        groups = trace_groups(block, lambda: runner.block(k, ids[:1], streams[k].read(0, 1).to(device)))
+        first_window = streams[k].read(0, 1).to(device)
+        groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
+        bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
     C = [Moment(g.in_features, device) for g in groups]
     handles = [m.register_forward_hook(_watch_gradient(B[name])) for name, m in table.items()]
 
@@ -279,7 +301,8 @@ def _block_moments(
             handle.remove()
     found = {f"output.{name}": m.mean(name) for name, m in B.items() if m.seen}
     found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in zip(groups, C, strict=True) if m.seen}
-    write_json(folder / f"groups-{k}.json", {name: g.names[0] for g in groups for name in g.names})
+    inputs = {name: g.names[0] for g in groups for name in g.names}
+    write_json(folder / f"structure-{k}.json", {"inputs": inputs, "bonds": [asdict(b) for b in bonds]})
     write_shard(folder / f"block-{k}.safetensors", found)
 
 

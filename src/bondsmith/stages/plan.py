@@ -27,7 +27,8 @@ class MatrixPlan:
     """What becomes of one matrix: a network (`sites` and `bonds`) or the dense matrix (`sites` is None), rounded to a `grid` or not.
 
     `parameters` are stored scalars, `multiply_adds` per token; a dense matrix has O * I of both. `loss` is the predicted loss in nats
-    a token, where there is a prediction. Embedding and head have `block` -1.
+    a token, where there is a prediction. Embedding and head have `block` -1. Where hidden channels are dropped, `kept_rows` (of what
+    writes them) or `kept_columns` (of what reads them) says how many stay, and `sites` belong to the smaller matrix.
     """
 
     name: str
@@ -39,24 +40,39 @@ class MatrixPlan:
     gauge: bool = False
     grid: Grid | None = None
     loss: float | None = None
+    kept_rows: int | None = None
+    kept_columns: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.out_features if self.kept_rows is None else self.kept_rows
+
+    @property
+    def columns(self) -> int:
+        return self.in_features if self.kept_columns is None else self.kept_columns
 
     @property
     def dense_parameters(self) -> int:
         return self.out_features * self.in_features
 
     @property
-    def changed(self) -> bool:
-        """True unless the matrix stays as it is."""
-        return self.sites is not None or self.grid is not None
+    def untouched(self) -> bool:
+        """True where the matrix stays as it is."""
+        return self.sites is None and self.grid is None and self.shape == (self.out_features, self.in_features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of what is left."""
+        return self.rows, self.columns
 
     @property
     def parameters(self) -> int:
-        return self.dense_parameters if self.sites is None else self.sites.parameters(self.bonds, self.gauge)
+        return self.rows * self.columns if self.sites is None else self.sites.parameters(self.bonds, self.gauge)
 
     @property
     def multiply_adds(self) -> int:
         if self.sites is None:
-            return self.dense_parameters
+            return self.rows * self.columns
         return self.sites.multiply_adds(self.bonds, self.gauge)
 
     def bytes(self, itemsize: int) -> int:
@@ -67,7 +83,7 @@ class MatrixPlan:
 
     def tensor_bytes(self, itemsize: int) -> int:
         """The same without headers."""
-        pivots = self.out_features * PIVOT_BYTES if self.gauge else 0
+        pivots = self.rows * PIVOT_BYTES if self.gauge else 0
         if self.grid is None:
             return self.parameters * itemsize + pivots
         return sum(self.grid.packed_bytes(*shape) for shape in self.stored_shapes()) + pivots
@@ -75,7 +91,7 @@ class MatrixPlan:
     def stored_shapes(self) -> list[tuple[int, int]]:
         """Returns the (rows, columns) of every stored matrix: of the dense one, or of the cores as linear layers."""
         if self.sites is None:
-            return [(self.out_features, self.in_features)]
+            return [self.shape]
         from_right = self.sites.sweeps_from_right(self.bonds)
         cores = self.sites.core_shapes(self.bonds)
         shapes = [(a * o, i * b) if from_right else (b * o, i * a) for a, o, i, b in cores]
@@ -85,12 +101,18 @@ class MatrixPlan:
 
     def check(self) -> None:
         """Raises PlanError unless sites, bonds and grid go with the shape."""
+        for what, kept, features in (
+            ("rows", self.kept_rows, self.out_features),
+            ("columns", self.kept_columns, self.in_features),
+        ):
+            if kept is not None and not (isinstance(kept, int) and 1 <= kept <= features):
+                raise PlanError(f"{self.name}: {kept} of {features} {what} cannot be kept")
         if self.sites is None:
             return
-        if (self.sites.out_features, self.sites.in_features) != (self.out_features, self.in_features):
+        if (self.sites.out_features, self.sites.in_features) != self.shape:
             raise PlanError(
                 f"{self.name}: sites {self.sites} multiply to {self.sites.out_features} x {self.sites.in_features}, "
-                f"the matrix is {self.out_features} x {self.in_features}"
+                f"the matrix is {self.rows} x {self.columns}"
             )
         try:
             clipped = self.sites.clip(self.bonds)
@@ -106,6 +128,10 @@ class MatrixPlan:
         if self.sites is not None:
             legs = zip(self.sites.out_legs, self.sites.in_legs, strict=True)
             entry |= {"sites": [list(pair) for pair in legs], "bonds": list(self.bonds), "gauge": self.gauge}
+        if self.kept_rows is not None:
+            entry["rows"] = self.kept_rows
+        if self.kept_columns is not None:
+            entry["columns"] = self.kept_columns
         if self.grid is not None:
             entry["grid"] = self.grid.to_json()
         if self.loss is not None:
@@ -118,18 +144,18 @@ class MatrixPlan:
         pairs = entry.get("sites")
         sites = Sites(tuple(o for o, _ in pairs), tuple(i for _, i in pairs)) if pairs else None
         rows, columns = entry["shape"]
-        bonds = tuple(entry.get("bonds", ()))
-        grid = Grid(**entry["grid"]) if entry.get("grid") else None
         return cls(
             entry["name"],
             entry["block"],
             rows,
             columns,
             sites,
-            bonds,
+            tuple(entry.get("bonds", ())),
             bool(entry.get("gauge", False)),
-            grid,
+            Grid(**entry["grid"]) if entry.get("grid") else None,
             entry.get("loss"),
+            entry.get("rows"),
+            entry.get("columns"),
         )
 
 

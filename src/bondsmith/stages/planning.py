@@ -14,10 +14,10 @@ from fnmatch import fnmatch
 import numpy as np
 from numpy.typing import NDArray
 
-from bondsmith.recipe import UNROUNDED, Recipe, RecipeError, parse_bytes
+from bondsmith.recipe import Recipe, RecipeError, parse_bytes
 from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, check_patterns
-from bondsmith.stages.profile import MatrixProfile, Profile
-from bondsmith.stages.solver import Choice, InfeasibleError, choose
+from bondsmith.stages.profile import BondProfile, MatrixProfile, Profile, Reduced
+from bondsmith.stages.solver import InfeasibleError, Way, choose
 from bondsmith.tensor.sites import ROUND_TO, Sites
 
 Shapes = Mapping[str, tuple[int, int, int]]
@@ -40,20 +40,16 @@ def candidates(matrix: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
 
     Bonds are multiples of 8 on a grid of at most 64; a rounded candidate exists for each of the recipe's bits.
     """
-    if any(fnmatch(matrix.name, pattern) for pattern in recipe.keep_dense):
+    if recipe.spares(matrix.name):
         return [matrix]
-    cut = Sites((matrix.out_features, 1), (1, matrix.in_features))
-    full = min(matrix.out_features, matrix.in_features)
+    rows, columns = matrix.shape
+    cut, full = Sites((rows, 1), (1, columns)), min(rows, columns)
     step = ROUND_TO * max(1, -(-full // (ROUND_TO * LEVELS)))
     bonds = sorted({*range(step, full, step), 1 if full <= step else step}, reverse=True)
     networks = [replace(matrix, sites=cut, bonds=(bond,), gauge=recipe.gauge) for bond in bonds if bond < full]
-    useful = [matrix, *(n for n in networks if n.parameters < matrix.dense_parameters)]
+    useful = [matrix, *(n for n in networks if n.parameters < matrix.parameters)]
     low, high = _bounds(matrix.name, recipe)
     allowed = [c for c in useful if low <= c.parameters / matrix.dense_parameters <= high]
-    if not allowed:
-        raise PlanError(
-            f"{matrix.name}: no bond keeps between {low:g} and {high:g} of its parameters; widen its bounds"
-        )
     return [replace(c, grid=grid) for grid in recipe.grids for c in allowed]
 
 
@@ -79,26 +75,92 @@ def planned(
     return _solve(shapes, other_parameters, recipe, itemsize, profile, tables)
 
 
+@dataclass(frozen=True, eq=False)
+class _Option:
+    """One way for an item: candidates of every member with their amounts, and a loss of its own, counted to the last member."""
+
+    members: tuple[list[MatrixPlan], ...]
+    losses: tuple[NDArray[np.float64], ...]
+    loss: float = 0.0
+
+    def way(self, itemsize: int) -> Way:
+        """Returns what the solver sees of it."""
+        pairs = zip(self.members, self.losses, strict=True)
+        return Way(tuple(_amounts(own, loss, itemsize) for own, loss in pairs), self.loss)
+
+
 def _solve(shapes: Shapes, other: int, recipe: Recipe, itemsize: int, profile: Profile | None, tables: Tables) -> Plan:
     """Returns the plan; without a profile every loss is zero, and only the budgets are looked at."""
-    entries = [MatrixPlan(name, *dims) for name, dims in shapes.items()]
-    options = [candidates(m, recipe) for m in entries] + [_table_options(t, recipe) for t in tables.plans]
-    curves = {m.name: m for m in profile.matrices} if profile else {}
-    items = []
-    for own in options:
-        name = own[0].name
-        if name in tables.losses:
-            loss = np.array([tables.losses[name].get(c.grid.bits if c.grid else UNROUNDED, 0.0) for c in own])
-        else:
-            loss = predicted(curves[name], own) if profile else np.zeros(len(own))
-        items.append(_amounts(own, loss, itemsize))
-    budgets = _budgets(entries, tables, other, recipe, itemsize)
+    entries = {name: MatrixPlan(name, *dims) for name, dims in shapes.items()}
+    options = _options(entries, recipe, profile, tables)
+    budgets = _budgets(list(entries.values()), tables, other, recipe, itemsize)
     minimise = "bytes" if "loss" in budgets else "loss"
     try:
-        choice = choose(items, budgets, minimise)
+        choice = choose([[option.way(itemsize) for option in item] for item in options], budgets, minimise)
     except InfeasibleError as error:
-        raise PlanError(_out_of_reach(error, other, itemsize, tables, profile is None)) from error
-    return _plan(options, items, choice, len(entries), other)
+        raise PlanError(_out_of_reach(error, other, itemsize, tables)) from error
+    picked: dict[str, MatrixPlan] = {}
+    for item, way, indices in zip(options, choice.ways, choice.candidates, strict=True):
+        option = item[way]
+        for own, losses, index in zip(option.members, option.losses, indices, strict=True):
+            last = own is option.members[-1]
+            picked[own[0].name] = replace(own[index], loss=float(losses[index]) + (option.loss if last else 0.0))
+    loss = None if profile is None else math.fsum(p.loss or 0.0 for p in picked.values())
+    chosen = [tuple(picked[name] for name in names) for names in (entries, [t.name for t in tables.plans])]
+    return Plan(chosen[0], other, chosen[1], loss, choice.gap)
+
+
+def _options(
+    entries: Mapping[str, MatrixPlan], recipe: Recipe, profile: Profile | None, tables: Tables
+) -> list[list[_Option]]:
+    """Returns the ways of every item: of matrices on their own, of the matrices of an MLP together, of embedding and head."""
+    curves = {m.name: m for m in profile.matrices} if profile else {}
+    bonds = {name: b for b in (profile.bonds if profile else ()) for name in (*b.writers, b.reader)}
+    found, done = [], set()
+    for name in entries:
+        if name in done:
+            continue
+        names = (*bonds[name].writers, bonds[name].reader) if name in bonds else (name,)
+        done |= set(names)
+        ways = [_whole([entries[n] for n in names], curves, recipe)]
+        ways += [
+            _reduced(entries, level, bonds[name], recipe) for level in (bonds[name].levels if name in bonds else ())
+        ]
+        useful = [way for way in ways if all(way.members)]
+        if not useful:
+            low, high = _bounds(name, recipe)
+            raise PlanError(f"{name}: no bond keeps between {low:g} and {high:g} of its parameters; widen its bounds")
+        found.append(useful)
+    for table in tables.plans:
+        own = [replace(table, grid=grid) for grid in recipe.grids]
+        known = tables.losses.get(table.name, {})
+        losses = np.array([known.get(c.grid.bits, 0.0) if c.grid else 0.0 for c in own])
+        found.append([_Option((own,), (losses,))])
+    return found
+
+
+def _whole(entries: Sequence[MatrixPlan], curves: Mapping[str, MatrixProfile], recipe: Recipe) -> _Option:
+    """Returns the way in which no channel is dropped."""
+    members = tuple(candidates(m, recipe) for m in entries)
+    losses = tuple(
+        predicted(curves[m.name], own) if curves else np.zeros(len(own))
+        for m, own in zip(entries, members, strict=True)
+    )
+    return _Option(members, losses)
+
+
+def _reduced(entries: Mapping[str, MatrixPlan], level: Reduced, bond: BondProfile, recipe: Recipe) -> _Option:
+    """Returns the way in which an MLP has fewer hidden channels."""
+    members, losses = [], []
+    for curve in level.matrices:
+        whole = entries[curve.name]
+        reads = curve.name == bond.reader
+        small = (
+            replace(whole, kept_columns=curve.in_features) if reads else replace(whole, kept_rows=curve.out_features)
+        )
+        members.append(candidates(small, recipe))
+        losses.append(predicted(curve, members[-1]))
+    return _Option(tuple(members), tuple(losses), level.loss)
 
 
 def predicted(profile: MatrixProfile, options: Sequence[MatrixPlan]) -> NDArray[np.float64]:
@@ -116,10 +178,6 @@ def rounding_loss(profile: MatrixProfile, candidate: MatrixPlan) -> float:
     if grid is None:
         return 0.0
     return profile.unit * profile.rounding[grid.group] / (2**grid.bits - 1) ** 2
-
-
-def _table_options(table: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
-    return [replace(table, grid=grid) for grid in recipe.grids]
 
 
 def _amounts(options: Sequence[MatrixPlan], loss: NDArray[np.float64], itemsize: int) -> dict[str, NDArray[np.float64]]:
@@ -151,7 +209,7 @@ def _budgets(
     return found
 
 
-def _out_of_reach(error: InfeasibleError, other: int, itemsize: int, tables: Tables, before: bool) -> str:
+def _out_of_reach(error: InfeasibleError, other: int, itemsize: int, tables: Tables) -> str:
     if error.quantity == "bytes":
         fixed = other * itemsize if not tables.plans else 0
         holds = (
@@ -175,18 +233,3 @@ def _bounds(name: str, recipe: Recipe) -> tuple[float, float]:
     """Returns the least and the largest share of its parameters that a matrix may keep; the last matching pattern decides."""
     matching = [limits for pattern, limits in recipe.bounds.items() if fnmatch(name, pattern)]
     return matching[-1] if matching else (0.0, 1.0)
-
-
-def _plan(
-    options: Sequence[Sequence[MatrixPlan]],
-    items: Sequence[Mapping[str, NDArray[np.float64]]],
-    choice: Choice,
-    matrices: int,
-    other: int,
-) -> Plan:
-    picked = [
-        replace(own[i], loss=float(item["loss"][i]))
-        for own, item, i in zip(options, items, choice.indices, strict=True)
-    ]
-    loss = math.fsum(p.loss or 0.0 for p in picked)
-    return Plan(tuple(picked[:matrices]), other, tuple(picked[matrices:]), loss, choice.gap)

@@ -21,11 +21,14 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bondsmith.model.blocks import HiddenBond
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.stages.moments import TableMoments
 from bondsmith.stages.wording import count
 from bondsmith.tensor.algebra import entropy
-from bondsmith.tensor.fit import Root, cut_spectrum, damped, moment_root
+from bondsmith.tensor.channels import eliminate_channels
+from bondsmith.tensor.fit import cut_spectrum
+from bondsmith.tensor.metric import Root, damped, moment_root
 from bondsmith.tensor.rounding import Grid
 
 FORMAT = 1
@@ -68,10 +71,30 @@ class MatrixProfile:
 
 
 @dataclass(frozen=True, eq=False)
+class Reduced:
+    """An MLP with hidden channels dropped: how many stay, the predicted loss of that, the curves of what is left of its matrices."""
+
+    channels: int
+    loss: float
+    matrices: tuple[MatrixProfile, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class BondProfile:
+    """A hidden bond (the channels of an MLP) with names of the whole model, and the sizes it may be reduced to, largest first."""
+
+    writers: tuple[str, ...]
+    reader: str
+    channels: int
+    levels: tuple[Reduced, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Profile:
     """The fast profile of a model: one entry per matrix, in depth order.
 
     Attributes:
+        bonds: the hidden bonds, by block; empty where channels are not to be dropped.
         metric: loss, input or frobenius; only `loss` predicts nats, the others relative squared errors.
         tokens: calibration tokens behind it.
     """
@@ -79,29 +102,48 @@ class Profile:
     matrices: tuple[MatrixProfile, ...]
     metric: str
     tokens: int
+    bonds: tuple[BondProfile, ...] = ()
 
     def __getitem__(self, name: str) -> MatrixProfile:
         return next(m for m in self.matrices if m.name == name)
 
-    def rescaled(self, units: Mapping[str, float]) -> Profile:
-        """Returns the profile with other units for the named matrices (from measured probes)."""
-        return replace(self, matrices=tuple(replace(m, unit=units.get(m.name, m.unit)) for m in self.matrices))
+    def rescaled(self, factors: Mapping[str, float]) -> Profile:
+        """Returns the profile with the predictions of the named matrices multiplied by factors (from measured probes)."""
+
+        def scaled(m: MatrixProfile) -> MatrixProfile:
+            return replace(m, unit=m.unit * factors.get(m.name, 1.0))
+
+        bonds = [
+            replace(
+                b,
+                levels=tuple(
+                    replace(v, loss=v.loss * factors.get(b.reader, 1.0), matrices=tuple(scaled(m) for m in v.matrices))
+                    for v in b.levels
+                ),
+            )
+            for b in self.bonds
+        ]
+        return replace(self, matrices=tuple(scaled(m) for m in self.matrices), bonds=tuple(bonds))
 
     def save(self, directory: Path) -> None:
         """Writes `profile.safetensors` (spectra) and `profile.json` (all else; last)."""
         directory.mkdir(parents=True, exist_ok=True)
-        write_shard(directory / "profile.safetensors", {m.name: m.spectrum for m in self.matrices})
-        rows = [
-            {"name": m.name, "block": m.block, "shape": [m.out_features, m.in_features], "unit": m.unit}
+        spectra = {m.name: m.spectrum for m in self.matrices}
+        for bond in self.bonds:
+            spectra |= {f"{m.name}@{v.channels}": m.spectrum for v in bond.levels for m in v.matrices}
+        write_shard(directory / "profile.safetensors", spectra)
+        bonds = [
+            {"writers": list(b.writers), "reader": b.reader, "channels": b.channels}
             | {
-                "rounding": {str(g): v for g, v in m.rounding.items()},
-                "entropy": m.entropy,
-                "loss_if_dropped": float(m.cut_losses()[0]),
+                "levels": [
+                    {"channels": v.channels, "loss": v.loss, "matrices": [_row(m) for m in v.matrices]}
+                    for v in b.levels
+                ]
             }
-            for m in self.matrices
+            for b in self.bonds
         ]
-        content = {"format": FORMAT, "metric": self.metric, "tokens": self.tokens, "matrices": rows}
-        write_json(directory / "profile.json", content)
+        content = {"format": FORMAT, "metric": self.metric, "tokens": self.tokens}
+        write_json(directory / "profile.json", content | {"matrices": [_row(m) for m in self.matrices], "bonds": bonds})
 
     @classmethod
     def load(cls, directory: Path) -> Profile:
@@ -115,8 +157,24 @@ class Profile:
         if content["format"] > FORMAT:
             raise ValueError(f"{path} has format {content['format']}, this bondsmith reads up to {FORMAT}")
         spectra = load_file(directory / "profile.safetensors")
+        bonds = [
+            BondProfile(
+                tuple(b["writers"]),
+                b["reader"],
+                b["channels"],
+                tuple(
+                    Reduced(
+                        v["channels"],
+                        v["loss"],
+                        tuple(_entry(m, spectra[f"{m['name']}@{v['channels']}"]) for m in v["matrices"]),
+                    )
+                    for v in b["levels"]
+                ),
+            )
+            for b in content["bonds"]
+        ]
         matrices = tuple(_entry(m, spectra[m["name"]]) for m in content["matrices"])
-        return cls(matrices, content["metric"], content["tokens"])
+        return cls(matrices, content["metric"], content["tokens"], tuple(bonds))
 
     def table(self) -> Table:
         """Returns the table by kind of matrix: parameters, losses if dropped or cut, entropies."""
@@ -146,16 +204,31 @@ class Profile:
         return capture.get()
 
 
+def _row(m: MatrixProfile) -> dict[str, Any]:
+    rounding = {str(group): unit for group, unit in m.rounding.items()}
+    known = {"name": m.name, "block": m.block, "shape": [m.out_features, m.in_features], "unit": m.unit}
+    return known | {"rounding": rounding, "entropy": m.entropy, "loss_if_dropped": float(m.cut_losses()[0])}
+
+
 def _entry(row: Mapping[str, Any], spectrum: Tensor) -> MatrixProfile:
     rows, columns = row["shape"]
     rounding = {int(group): unit for group, unit in row["rounding"].items()}
     return MatrixProfile(row["name"], row["block"], rows, columns, spectrum, row["unit"], rounding)
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the matrices of a block see, by full name: `C`, `B`, and the bonds whose channels may be dropped."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    bonds: Sequence[HiddenBond] = ()
+
+
 def fast_profile(
     shapes: Mapping[str, tuple[int, int, int]],
     weight: Callable[[str], Tensor],
-    moments: Callable[[int], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+    seen: Callable[[int], Seen],
     *,
     metric: str,
     tokens: int,
@@ -168,49 +241,92 @@ def fast_profile(
     Args:
         shapes: matrix name -> (block, out features, in features), in depth order.
         weight: gives the (O, I) weight of a name.
-        moments: gives `C` and `B` of the matrices of a block, by full name; a matrix without `B` has the identity there, one without
-            either is profiled by its weight alone.
+        seen: gives what the matrices of a block see; one without `B` has the identity there, one without either is profiled by its
+            weight alone.
+        group: columns that share a scale in rounding.
     """
     found: list[MatrixProfile] = []
-    block = -1
-    C: Mapping[str, Tensor] = {}
-    B: Mapping[str, Tensor] = {}
-    roots: dict[int, tuple[Root, Tensor]] = {}
-    for i, (name, (own, _, _)) in enumerate(shapes.items()):
-        if own != block:
-            block, roots = own, {}
-            C, B = moments(block)
-        found.append(_profile(name, own, weight(name), C.get(name), B.get(name), damping, group, roots))
-        advance((i + 1) / len(shapes))
-    if metric != "loss":
-        found = [replace(m, unit=1 / max(2 * float(m.cut_losses()[0]), 1e-300) * 2) for m in found]
-    return Profile(tuple(found), metric, tokens)
+    bonds: list[BondProfile] = []
+    for block in dict.fromkeys(own for own, _, _ in shapes.values()):
+        names = [name for name, (own, _, _) in shapes.items() if own == block]
+        profiler = _Profiler(block, seen(block), weight, damping, group)
+        found += [profiler.matrix(name, weight(name)) for name in names]
+        bonds += [profiler.bond(bond) for bond in profiler.seen.bonds]
+        advance(len(found) / len(shapes))
+    profile = Profile(tuple(found), metric, tokens, tuple(bonds))
+    if metric == "loss":
+        return profile
+    return profile.rescaled({m.name: 1 / max(float(m.cut_losses()[0]), 1e-300) for m in found})
 
 
-def _profile(
-    name: str,
-    block: int,
-    W: Tensor,
-    C: Tensor | None,
-    B: Tensor | None,
-    damping: float,
-    group: int,
-    roots: dict[int, tuple[Root, Tensor]],
-) -> MatrixProfile:
-    """Returns one entry; `roots` keeps what matrices of one block with the same `C` share."""
-    try:
-        if C is None:
-            spectrum, left = cut_spectrum(W, output_moment=B, damping=damping), None
-        else:
-            if id(C) not in roots:
-                roots[id(C)] = moment_root(C, damping), conditional_variances(damped(C, damping))
-            root, left = roots[id(C)]
-            spectrum = cut_spectrum(W, input_root=root, output_moment=B, damping=damping)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    weights = None if B is None else B.diagonal()
-    rounding = {g: rounding_unit(W, left, weights, g) for g in (0, group)}
-    return MatrixProfile(name, block, W.shape[0], W.shape[1], spectrum, rounding=rounding)
+@dataclass(eq=False)
+class _Profiler:
+    """Profiles the matrices of one block; keeps the root of every `C` that several share."""
+
+    block: int
+    seen: Seen
+    weight: Callable[[str], Tensor]
+    damping: float
+    group: int
+    roots: dict[int, tuple[Root, Tensor]] = field(default_factory=dict)
+
+    def matrix(self, name: str, W: Tensor) -> MatrixProfile:
+        """Returns the curves of a whole matrix."""
+        return self.curves(name, W, self.seen.inputs.get(name), self.seen.outputs.get(name))
+
+    def curves(self, name: str, W: Tensor, C: Tensor | None, B: Tensor | None) -> MatrixProfile:
+        """Returns the curves of a matrix that sees these moments."""
+        left = None
+        try:
+            if C is None:
+                spectrum = cut_spectrum(W, output_moment=B, damping=self.damping)
+            elif W.shape[0] <= W.shape[1] and id(C) not in self.roots:
+                spectrum = cut_spectrum(W, input_moment=C, output_moment=B, damping=self.damping)
+                left = conditional_variances(damped(C, self.damping))
+            else:
+                root, left = self.roots.get(id(C)) or self._root(C)
+                spectrum = cut_spectrum(W, input_root=root, output_moment=B, damping=self.damping)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        weights = None if B is None else B.diagonal()
+        rounding = {g: rounding_unit(W, left, weights, g) for g in (0, self.group)}
+        return MatrixProfile(name, self.block, W.shape[0], W.shape[1], spectrum, rounding=rounding)
+
+    def _root(self, C: Tensor) -> tuple[Root, Tensor]:
+        self.roots[id(C)] = moment_root(C, self.damping), conditional_variances(damped(C, self.damping))
+        return self.roots[id(C)]
+
+    def bond(self, bond: HiddenBond) -> BondProfile:
+        """Returns the sizes that a hidden bond may be reduced to, with the curves of what is left of its matrices."""
+        C, B = self.seen.inputs[bond.reader], self.seen.outputs.get(bond.reader)
+        counts = [n for n in channel_counts(bond.channels) if n < bond.channels]
+        found = eliminate_channels(
+            self.weight(bond.reader), counts, input_moment=C, output_moment=B, damping=self.damping
+        )
+        levels = []
+        for number, channels in sorted(found.items(), reverse=True):
+            S = channels.kept
+            curves = []
+            for name in bond.writers:
+                W = self.weight(name)
+                rows = bond.rows(S, W.shape[0])
+                own = self.seen.outputs.get(name)
+                small = None if own is None else own[rows][:, rows]
+                curves.append(self.curves(name, W[rows], self.seen.inputs.get(name), small))
+            curves.append(self.curves(bond.reader, channels.weight, C[S][:, S], B))
+            levels.append(Reduced(number, channels.error / 2, tuple(curves)))
+        return BondProfile(bond.writers, bond.reader, bond.channels, tuple(levels))
+
+
+def channel_counts(channels: int) -> list[int]:
+    """Returns the numbers of channels worth trying, largest first: tenths from all to three, in multiples of 16 where that is fine enough.
+
+    >>> channel_counts(1536), channel_counts(64)
+    ([1536, 1376, 1216, 1072, 912, 768, 608, 448], [64, 57, 51, 44, 38, 32, 25, 19])
+    """
+    step = 16 if channels >= 512 else 1
+    tenths = [channels * tenth // 10 // step * step for tenth in range(9, 2, -1)]
+    return [channels, *(n for n in dict.fromkeys(tenths) if 0 < n < channels)]
 
 
 def conditional_variances(moment: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def write_report(out: Path, results: Mapping[str, Any]) -> None:
     """
     check_results(results)
     pages = {
-        name: _environment().get_template(name).render(**_view(out, results)) for name in ("report.html", "README.md")
+        name: environment().get_template(name).render(**_view(out, results)) for name in ("report.html", "README.md")
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
@@ -202,8 +202,9 @@ def _front_matter(model: Mapping[str, Any]) -> str:
     return yaml.safe_dump(known, sort_keys=False, allow_unicode=True).strip()
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of the pages, with the words and numbers of `wording` as filters."""
+    found = Environment(
         loader=PackageLoader("bondsmith.stages"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined,
@@ -212,8 +213,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     for function in (count, size, percent, number, duration, markdown, fenced, unbroken):
-        environment.filters[function.__name__] = function
-    return environment
+        found.filters[function.__name__] = function
+    return found
 
 
 def _replace_text(path: Path, text: str) -> None:

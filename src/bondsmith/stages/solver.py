@@ -1,8 +1,8 @@
 """Choose one candidate per matrix: the exact minimum of a sum under budgets on other sums.
 
-A multiple-choice knapsack: each item (a matrix) has a list of candidates, each with an amount of every quantity (`loss`, `parameters`,
-`bytes`, `multiply_adds`). One quantity is minimised, others have budgets. HiGHS (through scipy) solves it by branch and bound and
-reports the gap between what it found and what it proved.
+A multiple-choice knapsack with alternatives. An item is decided in one of several ways; a way has members, and every member (a matrix)
+takes one of its candidates. Each candidate has an amount of every quantity (`loss`, `parameters`, `bytes`, `multiply_adds`). One of them is
+minimised, others have budgets. HiGHS (through scipy) solves it by branch and bound and proves how far it can be from the optimum.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
+Amounts = Mapping[str, Floats]
 _FULL = 1 - 2e-6  # HiGHS takes a budget as met when it is passed by a millionth
-Amounts = Mapping[str, NDArray[np.float64]]
 
 
 class InfeasibleError(ValueError):
@@ -26,20 +27,29 @@ class InfeasibleError(ValueError):
         self.quantity, self.budget, self.least = quantity, budget, least
 
 
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to decide an item: the candidates of each member, and a loss that comes with the way itself."""
+
+    members: tuple[Amounts, ...]
+    loss: float = 0.0
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The chosen candidate of every item, the totals of all quantities, and how far from optimal the choice can be at most.
+    """The way taken for every item and the candidate of each of its members; totals; how far from optimal it can be at most.
 
     `gap` is relative: (value found - value proved) / value found; 0 is a proved optimum.
     """
 
-    indices: tuple[int, ...]
+    ways: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
     totals: Mapping[str, float]
     gap: float
 
 
 def choose(
-    items: Sequence[Amounts],
+    items: Sequence[Sequence[Way]],
     budgets: Mapping[str, float],
     minimise: str = "loss",
     *,
@@ -49,7 +59,7 @@ def choose(
     """Returns the choice with the least total of `minimise` among those within all `budgets`.
 
     Args:
-        items: per item, quantity -> amounts of its candidates, all of one length.
+        items: the ways of every item.
         budgets: quantity -> largest total allowed.
         gap: stop once the found value is proved to be within this share of the optimum.
         seconds: stop then at the latest, with the best found.
@@ -58,21 +68,182 @@ def choose(
         InfeasibleError: nothing meets the budgets.
 
     >>> import numpy as np
-    >>> item = {"loss": np.array([0.0, 1.0, 3.0]), "bytes": np.array([8.0, 4.0, 2.0])}
-    >>> choose([item, item], {"bytes": 12}).indices in [(0, 1), (1, 0)]
+    >>> item = [Way(({"loss": np.array([0.0, 1.0, 3.0]), "bytes": np.array([8.0, 4.0, 2.0])},))]
+    >>> choose([item, item], {"bytes": 12}).candidates in [((0,), (1,)), ((1,), (0,))]
     True
     """
-    useful = [_undominated(item, {minimise, *budgets}) for item in items]
-    small = [{q: v[keep] for q, v in item.items()} for item, keep in zip(items, useful, strict=True)]
-    for quantity, budget in budgets.items():
-        least = float(sum(item[quantity].min() for item in small))
-        if least > budget * (1 + 1e-12):
-            raise InfeasibleError(quantity, budget, least)
-    picked, found_gap = _solve(small, budgets, minimise, gap, seconds)
-    indices = tuple(int(keep[i]) for keep, i in zip(useful, picked, strict=True))
-    quantities = items[0] if items else {}
-    totals = {q: float(sum(item[q][i] for item, i in zip(items, indices, strict=True))) for q in quantities}
-    return Choice(indices, totals, found_gap)
+    problem = _Problem.build(items, budgets, minimise)
+    bound, reduced = problem.relax()
+    room = max(1e-3 * abs(bound), 1e-12)
+    while True:
+        columns = problem.near(reduced, room)
+        x, value, proved = problem.branch_and_bound(columns, gap, seconds)
+        everything = len(columns) == len(problem.cost)
+        if x is not None and (value <= bound + room or everything):
+            break
+        if everything:
+            raise InfeasibleError(*problem.tightest())
+        room *= 10
+    proved = max(bound, min(proved, np.inf if everything else bound + room))
+    return problem.read(items, x, max(0.0, (value - proved) / max(abs(value), 1e-300)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """One column per candidate and per way: its cost, its amounts as shares of the budgets, and what it belongs to.
+
+    Attributes:
+        place: of candidates (item, way, member, index), of ways (item, way, -1, -1).
+        group: number of the member that a candidate belongs to; of ways, of its item.
+        way: number of the way of every column.
+    """
+
+    cost: Floats
+    amounts: Floats
+    place: NDArray[np.int64]
+    group: NDArray[np.int64]
+    way: NDArray[np.int64]
+    budgets: Mapping[str, float]
+
+    @classmethod
+    def build(cls, items: Sequence[Sequence[Way]], budgets: Mapping[str, float], minimise: str) -> _Problem:
+        costs, amounts, places, groups, ways = [], [], [], [], []
+        group, number = len(items), 0
+        for i, item in enumerate(items):
+            for w, way in enumerate(item):
+                own = {"loss": way.loss}
+                costs.append(np.array([own.get(minimise, 0.0)]))
+                amounts.append(np.array([[own.get(q, 0.0)] for q in budgets]).reshape(len(budgets), 1))
+                places.append(np.array([[i, w, -1, -1]]))
+                groups.append(np.array([i]))
+                ways.append(np.array([number]))
+                for m, member in enumerate(way.members):
+                    useful = _undominated(member, {minimise, *budgets})
+                    costs.append(member[minimise][useful])
+                    amounts.append(np.stack([member[q][useful] for q in budgets]).reshape(len(budgets), -1))
+                    places.append(np.stack([np.full_like(useful, v) for v in (i, w, m)] + [useful], 1))
+                    groups.append(np.full(len(useful), group))
+                    ways.append(np.full(len(useful), number))
+                    group += 1
+                number += 1
+        scale = np.array([max(abs(b), 1e-300) for b in budgets.values()]).reshape(-1, 1)
+        shares = np.concatenate(amounts, 1) / scale
+        columns = np.concatenate(places), np.concatenate(groups), np.concatenate(ways)
+        return cls(np.concatenate(costs), shares, *columns, budgets)
+
+    @property
+    def is_way(self) -> NDArray[np.bool_]:
+        """Which columns are ways."""
+        marks: NDArray[np.bool_] = self.place[:, 2] < 0
+        return marks
+
+    @property
+    def scale(self) -> float:
+        """What costs are divided by for the solver."""
+        return float(np.abs(self.cost).max()) or 1.0
+
+    def equalities(self, columns: NDArray[np.int64]) -> tuple[Any, Floats]:
+        """Returns the constraints: of every item one way; of every member of a way one candidate, if the way is taken."""
+        from scipy.sparse import csr_array
+
+        is_way = self.is_way[columns]
+        rows, signs = [self.group[columns]], [np.ones(len(columns))]
+        entries = [np.arange(len(columns))]
+        ways = np.flatnonzero(is_way)
+        position = {int(self.way[columns[c]]): int(c) for c in ways}
+        members = sorted({(int(g), int(w)) for g, w in zip(self.group[columns], self.way[columns], strict=True)} - {
+            (int(self.group[columns[c]]), int(self.way[columns[c]])) for c in ways
+        })  # fmt: skip
+        rows.append(np.array([g for g, _ in members], dtype=np.int64))
+        entries.append(np.array([position[w] for _, w in members], dtype=np.int64))
+        signs.append(-np.ones(len(members)))
+        used, numbers = np.unique(np.concatenate(rows), return_inverse=True)
+        matrix = csr_array((np.concatenate(signs), (numbers, np.concatenate(entries))), shape=(len(used), len(columns)))
+        items = int(self.place[:, 0].max()) + 1
+        return matrix, (used < items).astype(np.float64)
+
+    def relax(self) -> tuple[float, Floats]:
+        """Returns the value of the linear relaxation, and per column by how much the bound rises if it must be used."""
+        from scipy.optimize import linprog
+
+        matrix, right = self.equalities(np.arange(len(self.cost)))
+        limits = np.full(len(self.amounts), _FULL)
+        cost = self.cost / self.scale
+        found = linprog(cost, self.amounts, limits, matrix, right, bounds=(0, 1), method="highs")
+        if found.x is None:
+            raise InfeasibleError(*self.tightest())
+        prices = np.maximum(0.0, -found.ineqlin.marginals)
+        least, reduced = self._least(cost + prices @ self.amounts)
+        return float(least - _FULL * prices.sum()), reduced
+
+    def _least(self, priced: Floats) -> tuple[float, Floats]:
+        """Returns the least total of `priced` with no budget, and by how much it rises when a column must be used."""
+        own = ~self.is_way
+        best = np.full(int(self.group.max()) + 1, np.inf)
+        np.minimum.at(best, self.group[own], priced[own])
+        totals = np.zeros(int(self.way.max()) + 1)
+        np.add.at(totals, self.way[self.is_way], priced[self.is_way])
+        members = np.unique(np.stack([self.group[own], self.way[own]], 1), axis=0)
+        np.add.at(totals, members[:, 1], best[members[:, 0]])
+        items = np.full(int(self.place[:, 0].max()) + 1, np.inf)
+        item_of_way = np.zeros(len(totals), dtype=np.int64)
+        item_of_way[self.way] = self.place[:, 0]
+        np.minimum.at(items, item_of_way, totals)
+        rise = (totals - items[item_of_way])[self.way]
+        rise[own] += priced[own] - best[self.group[own]]
+        return float(items.sum()), rise
+
+    def near(self, reduced: Floats, room: float) -> NDArray[np.int64]:
+        """Returns the columns that a choice within `room` of the bound can use."""
+        return np.flatnonzero(reduced <= room)
+
+    def branch_and_bound(
+        self, columns: NDArray[np.int64], gap: float, seconds: float
+    ) -> tuple[NDArray[np.int64] | None, float, float]:
+        """Returns the columns taken, their cost, and the cost proved to be least (both scaled); None where there is no choice."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        matrix, right = self.equalities(columns)
+        cost = self.cost[columns] / self.scale
+        found = milp(
+            cost,
+            integrality=np.ones(len(columns)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(matrix, right, right),
+                LinearConstraint(self.amounts[:, columns], -np.inf, _FULL),
+            ],
+            options={"mip_rel_gap": gap, "time_limit": seconds},
+        )
+        if found.x is None:
+            return None, np.inf, np.inf
+        taken = np.flatnonzero(found.x > 0.5)
+        return columns[taken], float(cost[taken].sum()), float(found.mip_dual_bound)
+
+    def read(self, items: Sequence[Sequence[Way]], columns: NDArray[np.int64], gap: float) -> Choice:
+        """Returns the choice that the taken columns stand for."""
+        ways = [0] * len(items)
+        picked: list[dict[int, int]] = [{} for _ in items]
+        for i, w, m, index in self.place[columns].tolist():
+            if m < 0:
+                ways[i] = w
+            else:
+                picked[i][m] = index
+        candidates = tuple(tuple(own[m] for m in sorted(own)) for own in picked)
+        quantities = items[0][0].members[0] if items else {}
+        totals = dict.fromkeys(quantities, 0.0)
+        for item, w, own in zip(items, ways, candidates, strict=True):
+            for q in totals:
+                totals[q] += sum(float(m[q][c]) for m, c in zip(item[w].members, own, strict=True))
+            if "loss" in totals:
+                totals["loss"] += item[w].loss
+        return Choice(tuple(ways), candidates, totals, gap)
+
+    def tightest(self) -> tuple[str, float, float]:
+        """Returns the quantity with the least room, its budget, and the least it can be with no other budget."""
+        least = {q: self._least(self.amounts[i])[0] for i, q in enumerate(self.budgets)}
+        quantity = max(least, key=lambda q: least[q])
+        return quantity, self.budgets[quantity], least[quantity] * max(abs(self.budgets[quantity]), 1e-300)
 
 
 def _undominated(item: Amounts, quantities: set[str]) -> NDArray[np.int64]:
@@ -83,100 +254,3 @@ def _undominated(item: Amounts, quantities: set[str]) -> NDArray[np.int64]:
     beats = (values[:, None] <= values[None]).all(-1)
     first = np.triu(beats, 1).any(0)
     return np.sort(order[~first])
-
-
-def _solve(
-    items: Sequence[Amounts], budgets: Mapping[str, float], minimise: str, gap: float, seconds: float
-) -> tuple[list[int], float]:
-    """Returns the picked candidates and the relative gap.
-
-    The linear relaxation gives prices of the budgets and with them a bound on every choice that uses a candidate. Only candidates whose
-    bound is near the relaxation's value go into the branch and bound; its answer is optimal if it is nearer still, else more go in.
-    """
-    cost = np.concatenate([item[minimise] for item in items])
-    amounts = np.stack([np.concatenate([item[q] for item in items]) / max(b, 1e-300) for q, b in budgets.items()])
-    owners = np.repeat(np.arange(len(items)), [len(item[minimise]) for item in items])
-    scale = float(np.abs(cost).max()) or 1.0
-    bound, reduced = _relax(cost / scale, amounts, owners, len(items), budgets, items)
-    room = max(1e-3 * abs(bound), 1e-12)
-    while True:
-        near = np.flatnonzero(reduced <= room)
-        picked, value, proved = _branch_and_bound(
-            cost[near] / scale, amounts[:, near], owners[near], len(items), gap, seconds
-        )
-        if picked is not None and (value <= bound + room or len(near) == len(cost)):
-            break
-        if len(near) == len(cost):
-            raise InfeasibleError("+".join(budgets), *_tightest(items, budgets))
-        room *= 10
-    firsts = np.concatenate([[0], np.cumsum([len(item[minimise]) for item in items])])
-    chosen = near[picked]
-    proved = max(bound, min(proved, bound + room if len(near) < len(cost) else np.inf))
-    return [int(c - firsts[owners[c]]) for c in chosen], max(0.0, (value - proved) / max(abs(value), 1e-300))
-
-
-def _relax(
-    cost: NDArray[np.float64],
-    amounts: NDArray[np.float64],
-    owners: NDArray[np.int64],
-    count: int,
-    budgets: Mapping[str, float],
-    items: Sequence[Amounts],
-) -> tuple[float, NDArray[np.float64]]:
-    """Returns the value of the linear relaxation, and per candidate by how much the bound rises if it must be used."""
-    from scipy.optimize import linprog
-
-    found = linprog(
-        cost,
-        A_ub=amounts,
-        b_ub=np.full(len(amounts), _FULL),
-        A_eq=_one_each(owners, count),
-        b_eq=np.ones(count),
-        bounds=(0, 1),
-        method="highs",
-    )
-    if found.x is None:
-        raise InfeasibleError("+".join(budgets), *_tightest(items, budgets))
-    prices = np.maximum(0.0, -found.ineqlin.marginals)
-    priced = cost + prices @ amounts
-    least = np.full(count, np.inf)
-    np.minimum.at(least, owners, priced)
-    return float(least.sum() - _FULL * prices.sum()), priced - least[owners]
-
-
-def _branch_and_bound(
-    cost: NDArray[np.float64],
-    amounts: NDArray[np.float64],
-    owners: NDArray[np.int64],
-    count: int,
-    gap: float,
-    seconds: float,
-) -> tuple[NDArray[np.int64] | None, float, float]:
-    """Returns the picked columns, one per owner in order, their cost, and the cost proved to be least; None where there is no choice."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    found = milp(
-        cost,
-        integrality=np.ones(len(cost)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(_one_each(owners, count), 1, 1), LinearConstraint(amounts, -np.inf, _FULL)],
-        options={"mip_rel_gap": gap, "time_limit": seconds},
-    )
-    if found.x is None:
-        return None, np.inf, np.inf
-    chosen = np.flatnonzero(found.x > 0.5)
-    return chosen[np.argsort(owners[chosen])], float(cost[chosen].sum()), float(found.mip_dual_bound)
-
-
-def _one_each(owners: NDArray[np.int64], count: int) -> Any:
-    from scipy.sparse import csr_array
-
-    columns = np.arange(len(owners))
-    return csr_array((np.ones(len(owners)), (owners, columns)), shape=(count, len(owners)))
-
-
-def _tightest(items: Sequence[Amounts], budgets: Mapping[str, float]) -> tuple[float, float]:
-    """Returns budget and least amount of the quantity with the least room, where only all budgets together cannot be met."""
-    least = {q: float(sum(item[q].min() for item in items)) for q in budgets}
-    quantity = min(budgets, key=lambda q: budgets[q] / max(least[q], 1e-300))
-    return budgets[quantity], least[quantity]

@@ -22,7 +22,7 @@ def size(value: float) -> str:
     >>> size(538_060_032), size(900)
     ('538.1 MB', '900 bytes')
     """
-    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+    for unit, scale, digits in (("TB", 1e12, 2), ("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
         if value >= scale:
             return f"{value / scale:.{digits}f} {unit}"
     return f"{value:.0f} bytes"

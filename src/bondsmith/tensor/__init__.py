@@ -1,16 +1,9 @@
 """The mathematics: site shapes, matrix product operators, fits. Imports torch and nothing else."""
 
 from bondsmith.tensor import algebra
-from bondsmith.tensor.fit import (
-    Root,
-    cut_spectrum,
-    moment_root,
-    propagated_target,
-    relative_error,
-    sequential_svd,
-    whitened_cut,
-)
+from bondsmith.tensor.fit import cut_spectrum, propagated_target, sequential_svd, whitened_cut
 from bondsmith.tensor.gptq import gptq
+from bondsmith.tensor.metric import Root, moment_root, relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.rounding import Grid, Rounded, round_to_nearest
 from bondsmith.tensor.search import candidate_sites, search_sites

@@ -6,11 +6,12 @@ in float64 and given back in the dtype that came in.
 A network is in mixed canonical form around site `c` when every core left of it has orthonormal columns as an
 `(a o i, b)` matrix and every core right of it orthonormal rows as an `(a, o i b)` one: then the norm of the matrix is
 that of core `c`.
+
+A batch of networks goes through all of this at once; figures are tensors with one number for each network.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,18 +26,19 @@ from bondsmith.tensor.svd import fix_signs
 class Truncated:
     """A network with smaller bonds and what that cost.
 
-    `discarded[k]` is the weight (the sum of squared Schmidt values) dropped at bond `k`. Successive projections drop
-    parts orthogonal to each other, so `error` is the Frobenius distance to what came in exactly, for any number of
-    bonds.
+    `discarded[k]` is the weight (the sum of squared Schmidt values) dropped at bond `k`, float64. Successive
+    projections drop parts orthogonal to each other, so `error` is the Frobenius distance to what came in exactly, for
+    any number of bonds.
     """
 
     mpo: MPO
-    discarded: tuple[float, ...]
+    discarded: tuple[Tensor, ...]
 
     @property
-    def error(self) -> float:
+    def error(self) -> Tensor:
         """The Frobenius norm of what was dropped."""
-        return math.sqrt(sum(self.discarded))
+        zero = torch.zeros(self.mpo.batch, dtype=torch.float64, device=self.mpo.device)
+        return sum(self.discarded, zero).sqrt()
 
 
 def canonical(mpo: MPO, center: int) -> MPO:
@@ -57,13 +59,16 @@ def canonical(mpo: MPO, center: int) -> MPO:
 def move_center(cores: list[Tensor], center: int) -> None:
     """Nothing; `cores` become canonical around site `center` in place, in their own dtype."""
     for k in range(center):
-        a, o, i, b = cores[k].shape
-        q, r = torch.linalg.qr(cores[k].reshape(a * o * i, b))
-        cores[k], cores[k + 1] = q.reshape(a, o, i, -1), torch.tensordot(r, cores[k + 1], 1)
+        shape = cores[k].shape
+        q, r = torch.linalg.qr(_tall(cores[k]))
+        cores[k] = q.reshape(*shape[:-1], -1)
+        cores[k + 1] = _times_left(r, cores[k + 1])
     for k in range(len(cores) - 1, center, -1):
-        a, o, i, b = cores[k].shape
-        q, r = torch.linalg.qr(cores[k].reshape(a, o * i * b).T)
-        cores[k], cores[k - 1] = q.T.reshape(-1, o, i, b), torch.tensordot(cores[k - 1], r.T, 1)
+        shape = cores[k].shape
+        q, r = torch.linalg.qr(_wide(cores[k]).mT)
+        cores[k] = q.mT.reshape(*shape[:-4], -1, *shape[-3:])
+        left = cores[k - 1]
+        cores[k - 1] = (_tall(left) @ r.mT).reshape(*left.shape[:-1], -1)
 
 
 def schmidt_values(mpo: MPO) -> tuple[Tensor, ...]:
@@ -76,33 +81,36 @@ def schmidt_values(mpo: MPO) -> tuple[Tensor, ...]:
     return _sweep(mpo, mpo.bonds, 0.0)[2]
 
 
-def entropies(mpo: MPO) -> tuple[float, ...]:
-    """The entanglement entropy `-sum p log p` across every bond, in nats.
+def entropies(mpo: MPO) -> tuple[Tensor, ...]:
+    """The entanglement entropy `-sum p log p` across every bond, in nats; 0 where all Schmidt values vanish.
 
     >>> bell = MPO((torch.eye(2).reshape(1, 2, 1, 2), torch.eye(2).reshape(2, 1, 2, 1)))
-    >>> round(entropies(bell)[0], 4)
-    0.6931
+    >>> entropies(bell)
+    (tensor(0.6931, dtype=torch.float64),)
     """
-    return tuple(entropy(values) for values in schmidt_values(mpo))
+    return tuple(_entropy(values) for values in schmidt_values(mpo))
 
 
 def entropy(values: Tensor) -> float:
-    """`-sum p log p` of Schmidt values, in nats; 0 when all vanish."""
+    """`-sum p log p` of the Schmidt values of one cut, in nats; 0 when all vanish."""
+    return float(_entropy(values))
+
+
+def _entropy(values: Tensor) -> Tensor:
     weight = values.to(torch.float64) ** 2
-    if not weight.sum() > 0:
-        return 0.0
-    p = weight / weight.sum()
-    return float(torch.special.entr(p).sum())
+    p = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.special.entr(p).sum(-1)
 
 
 def truncate(mpo: MPO, bonds: int | Sequence[int] | None = None, *, discard: float = 0.0) -> Truncated:
     """The network at no more than `bonds`, dropping besides up to the share `discard` of the squared norm.
 
-    The norm's share is spread evenly over the bonds. Left-canonical. ValueError unless `0 <= discard < 1`.
+    The norm's share is spread evenly over the bonds; a batch keeps what its most demanding network needs. Left-canonical.
+    ValueError unless `0 <= discard < 1`.
 
     >>> mpo = MPO((torch.eye(3).reshape(1, 3, 1, 3), torch.diag(torch.tensor([3.0, 2.0, 1.0])).reshape(3, 1, 3, 1)))
     >>> cut = truncate(mpo, 2)
-    >>> cut.mpo.bonds, round(cut.error, 6), truncate(mpo, discard=0.4).mpo.bonds
+    >>> cut.mpo.bonds, round(cut.error.item(), 6), truncate(mpo, discard=0.4).mpo.bonds
     ((2,), 1.0, (1,))
     """
     if not 0 <= discard < 1:
@@ -112,19 +120,19 @@ def truncate(mpo: MPO, bonds: int | Sequence[int] | None = None, *, discard: flo
     return Truncated(truncated, discarded)
 
 
-def inner(left: MPO, right: MPO) -> float:
-    """`tr(left^T right)`, contracted core by core without either matrix; ValueError if the legs differ."""
+def inner(left: MPO, right: MPO) -> Tensor:
+    """`tr(left^T right)`, contracted core by core without either matrix; ValueError if legs or batches differ."""
     _check_same_legs(left, right)
-    state = torch.ones(1, 1, dtype=torch.float64, device=left.device)
+    state = torch.ones(*left.batch, 1, 1, dtype=torch.float64, device=left.device)
     for one, other in zip(left.cores, right.cores, strict=True):
-        half = torch.tensordot(state, other.to(torch.float64), 1)
-        state = torch.tensordot(one.to(torch.float64), half, ([0, 1, 2], [0, 1, 2]))
-    return float(state)
+        half = _times_left(state, other.to(torch.float64))
+        state = _tall(one.to(torch.float64)).mT @ _tall(half)
+    return state[..., 0, 0]
 
 
-def norm(mpo: MPO) -> float:
+def norm(mpo: MPO) -> Tensor:
     """The Frobenius norm of the matrix."""
-    return float(canonical(mpo.to(dtype=torch.float64), 0).cores[0].norm())
+    return canonical(mpo.to(dtype=torch.float64), 0).cores[0].flatten(-4).norm(dim=-1)
 
 
 def add(left: MPO, right: MPO) -> MPO:
@@ -141,12 +149,12 @@ def add(left: MPO, right: MPO) -> MPO:
         return MPO((left.cores[0] + right.cores[0],))
     cores = []
     for k, (one, other) in enumerate(zip(left.cores, right.cores, strict=True)):
-        a, o, i, b = one.shape
-        a2, _, _, b2 = other.shape
+        a, o, i, b = one.shape[-4:]
+        a2, b2 = other.shape[-4], other.shape[-1]
         rows, columns = (1 if k == 0 else a + a2), (1 if k == n - 1 else b + b2)
-        core = one.new_zeros(rows, o, i, columns)
-        core[:a, :, :, :b] += one
-        core[rows - a2 :, :, :, columns - b2 :] += other
+        core = one.new_zeros(*left.batch, rows, o, i, columns)
+        core[..., :a, :, :, :b] += one
+        core[..., rows - a2 :, :, :, columns - b2 :] += other
         cores.append(core)
     return MPO(tuple(cores))
 
@@ -158,7 +166,7 @@ def scale(mpo: MPO, factor: float) -> MPO:
 
 def transpose(mpo: MPO) -> MPO:
     """The network of the transposed matrix: out and in legs change places."""
-    return MPO(tuple(core.transpose(1, 2) for core in mpo.cores))
+    return MPO(tuple(core.transpose(-3, -2) for core in mpo.cores))
 
 
 def regauge(mpo: MPO, bond: int, matrix: Tensor) -> MPO:
@@ -176,36 +184,54 @@ def regauge(mpo: MPO, bond: int, matrix: Tensor) -> MPO:
     if int(failed) or not torch.isfinite(inverse).all():
         raise ValueError(f"the gauge at bond {bond} is singular (rank {int(torch.linalg.matrix_rank(H))} of {size})")
     cores = [core.to(torch.float64) for core in mpo.cores]
-    cores[bond] = torch.tensordot(cores[bond], H, 1)
-    cores[bond + 1] = torch.tensordot(inverse, cores[bond + 1], 1)
+    cores[bond] = (_tall(cores[bond]) @ H).reshape(cores[bond].shape)
+    cores[bond + 1] = _times_left(inverse, cores[bond + 1])
     return _as(cores, mpo)
 
 
-def _sweep(mpo: MPO, kept: Sequence[int], discard: float) -> tuple[MPO, tuple[float, ...], tuple[Tensor, ...]]:
+def _sweep(mpo: MPO, kept: Sequence[int], discard: float) -> tuple[MPO, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Truncated network, discarded weights and Schmidt values of one SVD sweep over a right-canonical network."""
     cores = list(canonical(mpo.to(dtype=torch.float64), 0).cores)
-    allowed = discard * float(cores[0].square().sum()) / max(1, len(kept))
+    allowed = discard * cores[0].square().flatten(-4).sum(-1) / max(1, len(kept))
     discarded, spectra = [], []
     for k in range(len(cores) - 1):
-        a, o, i, b = cores[k].shape
-        u, s, _ = torch.linalg.svd(cores[k].reshape(a * o * i, b), full_matrices=False)
+        shape, matrix = cores[k].shape, _tall(cores[k])
+        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
         bond = min(kept[k], smallest_bond(s, allowed))
-        u = fix_signs(u[:, :bond])
-        cores[k + 1] = torch.tensordot(u.T @ cores[k].reshape(a * o * i, b), cores[k + 1], 1)
-        cores[k] = u.reshape(a, o, i, bond)
-        discarded.append(float(s[bond:].square().sum()))
+        u = fix_signs(u[..., :bond])
+        cores[k + 1] = _times_left(u.mT @ matrix, cores[k + 1])
+        cores[k] = u.reshape(*shape[:-1], bond)
+        discarded.append(s[..., bond:].square().sum(-1))
         spectra.append(s)
     return _as(cores, mpo), tuple(discarded), tuple(spectra)
 
 
-def smallest_bond(values: Tensor, allowed: float) -> int:
+def smallest_bond(values: Tensor, allowed: float | Tensor) -> int:
     """How many of the descending `values` to keep so that the squares of the others sum to at most `allowed`.
+
+    In a batch, as many as the most demanding needs.
 
     >>> smallest_bond(torch.tensor([3.0, 2.0, 1.0]), 1.0), smallest_bond(torch.tensor([3.0]), 100.0)
     (2, 1)
     """
-    tails = values.square().flip(0).cumsum(0)
-    return max(1, len(values) - int((tails <= allowed).sum()))
+    tails = values.square().flip(-1).cumsum(-1)
+    droppable = (tails <= torch.as_tensor(allowed, device=tails.device)[..., None]).sum(-1)
+    return max(1, values.shape[-1] - int(droppable.min()))
+
+
+def _tall(core: Tensor) -> Tensor:
+    """`(a o i, b)`."""
+    return core.reshape(*core.shape[:-4], -1, core.shape[-1])
+
+
+def _wide(core: Tensor) -> Tensor:
+    """`(a, o i b)`."""
+    return core.reshape(*core.shape[:-3], -1)
+
+
+def _times_left(matrix: Tensor, core: Tensor) -> Tensor:
+    """The core with `matrix` `(x, a)` multiplied into its left bond."""
+    return (matrix @ _wide(core)).reshape(*core.shape[:-4], -1, *core.shape[-3:])
 
 
 def _as(cores: Sequence[Tensor], like: MPO) -> MPO:
@@ -215,3 +241,5 @@ def _as(cores: Sequence[Tensor], like: MPO) -> MPO:
 def _check_same_legs(left: MPO, right: MPO) -> None:
     if left.sites != right.sites:
         raise ValueError(f"networks with sites {left.sites} and {right.sites} do not go together: other legs")
+    if left.batch != right.batch:
+        raise ValueError(f"batches of {tuple(left.batch)} and {tuple(right.batch)} networks do not go together")

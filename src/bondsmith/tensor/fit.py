@@ -13,39 +13,11 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.checks import check_matrix, check_moment
+from bondsmith.tensor.metric import DAMPING, Root, moment_root, quadratic
+from bondsmith.tensor.metric import relative_error as relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.sites import Sites
 from bondsmith.tensor.svd import leading_eigenvectors, leading_left_vectors
-
-DAMPING = 1e-4  # of the mean diagonal; keeps the inverse root of a moment from few tokens bounded
-_INDEFINITE = 1e-3  # a negative eigenvalue this large, relative to the largest, is no rounding error
-
-
-@dataclass(frozen=True, eq=False)
-class Root:
-    """The symmetric square root of a damped moment, and its inverse, both `(n, n)` in float64."""
-
-    root: Tensor
-    inverse: Tensor
-
-    @property
-    def moment(self) -> Tensor:
-        """The damped moment itself."""
-        return self.root @ self.root
-
-
-def moment_root(moment: Tensor, damping: float = DAMPING, name: str = "moment") -> Root:
-    """The root of `moment + damping * mean(diag) * 1`, by `eigh` in float64; share it between matrices with one input.
-
-    ValueError if the moment is not square, finite, symmetric and non-negative.
-    """
-    check_moment(moment, moment.shape[0], name)
-    values, vectors = torch.linalg.eigh(damped(moment, damping))
-    if float(values[0]) < -_INDEFINITE * float(values[-1].abs()):
-        raise ValueError(f"{name} is indefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}")
-    tiny = torch.finfo(torch.float64).eps * max(float(values[-1]), torch.finfo(torch.float64).tiny) * len(values)
-    scales = values.clamp_min(tiny).sqrt()
-    return Root((vectors * scales) @ vectors.T, (vectors / scales) @ vectors.T)
 
 
 def sequential_svd(weight: Tensor, sites: Sites, bonds: int | Sequence[int]) -> MPO:
@@ -96,7 +68,7 @@ def whitened_cut(
     sides = _Side("input", input_moment, input_root), _Side("output", output_moment, output_root)
     short, whitened, gram = _whiten_short_side(weight, *sides, damping)
     basis = leading_eigenvectors(gram, bond)
-    left, right = basis if short is None else short.inverse @ basis, basis.T @ whitened
+    left, right = basis if short is None else short.unwhiten(basis), basis.T @ whitened
     if out_features > in_features:
         left, right = right.T, left.T
     return MPO((left.to(weight.dtype)[None, :, None, :], right.to(weight.dtype)[:, None, :, None]))
@@ -125,49 +97,25 @@ def cut_spectrum(
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
 
-def relative_error(
-    weight: Tensor, approximation: Tensor, input_moment: Tensor | None = None, output_moment: Tensor | None = None
-) -> float:
-    """`sqrt(tr(B D C D^T) / tr(B W C W^T))` with `D = weight - approximation`, in float64.
-
-    >>> relative_error(torch.eye(4), 0.5 * torch.eye(4))
-    0.5
-    """
-    W = weight.to(torch.float64)
-    D = W - approximation.to(torch.float64)
-    energy = _energy(W, input_moment, output_moment)
-    lost = _energy(D, input_moment, output_moment)
-    return (lost / energy) ** 0.5 if energy > 0 else (0.0 if lost == 0 else float("inf"))
-
-
 def propagated_target(
-    weight: Tensor, cross_moment: Tensor, input_moment: Tensor, alpha: float = 0.5, damping: float = 1e-2
+    weight: Tensor, difference: Tensor, input_moment: Tensor, alpha: float = 0.5, damping: float = 1e-2
 ) -> Tensor:
-    """`W + alpha W (E[x xh^T] - E[xh xh^T]) (E[xh xh^T] + damping * mean(diag))^-1`, in the dtype of `weight`.
+    """`W + alpha W E[(x - xh) xh^T] (E[xh xh^T] + damping * mean(diag))^-1`, in the dtype of `weight`.
 
     The weight to approximate in the norm of `input_moment = E[xh xh^T]` when the layer sees `xh`, from the compressed
     layers before it, in place of `x`: `alpha = 1` and no damping minimise `E|W x - W' xh|^2`; less of it guards against
-    few tokens.
+    few tokens. `difference = E[(x - xh) xh^T]` comes summed as such: of two large moments the digits would cancel.
     """
     check_matrix(weight)
-    in_features = weight.shape[1]
-    check_moment(input_moment, in_features, "input moment")
-    if cross_moment.shape != input_moment.shape:
+    check_moment(input_moment, weight.shape[1], "input moment")
+    if difference.shape != input_moment.shape:
         raise ValueError(
-            f"cross moment has shape {tuple(cross_moment.shape)}, the input moment {tuple(input_moment.shape)}"
+            f"the difference of moments has shape {tuple(difference.shape)}, the input moment {tuple(input_moment.shape)}"
         )
-    W, moment = weight.to(torch.float64), input_moment.to(torch.float64)
-    difference = W @ (cross_moment.to(torch.float64) - moment)
-    shift: Tensor = torch.linalg.solve(damped(moment, damping), difference, left=False)
-    return (W + alpha * shift).to(weight.dtype)
-
-
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """`moment + damping * mean(diag) * 1`, symmetric, float64."""
-    moment = moment.to(torch.float64)
-    moment = (moment + moment.T) / 2
-    moment.diagonal().add_(damping * moment.diagonal().mean())
-    return moment
+    W = weight.to(torch.float64)
+    moved = torch.cat([W @ columns.to(torch.float64) for columns in difference.split(1024, 1)], 1)
+    shift = moment_root(input_moment, damping, "input moment").solve(moved.T).T
+    return torch.add(W, shift, alpha=alpha).to(weight.dtype)
 
 
 def interleave(weight: Tensor, sites: Sites) -> Tensor:
@@ -202,11 +150,10 @@ class _Side:
     def between(self, rows: Tensor, damping: float) -> Tensor:
         """`rows M rows^T` with the damped moment `M`; no root is taken."""
         if self.root is not None:
-            rows = rows @ self.root.root
-        elif self.moment is not None:
+            return quadratic(rows @ self.root.root, None)
+        if self.moment is not None:
             check_moment(self.moment, rows.shape[1], f"{self.name} moment")
-            return rows @ damped(self.moment, damping) @ rows.T
-        return rows @ rows.T
+        return quadratic(rows, self.moment, damping)
 
 
 def _whiten_short_side(
@@ -217,11 +164,5 @@ def _whiten_short_side(
     if W.shape[0] > W.shape[1]:
         W, short, long = W.T, inputs, outputs
     root = short.to_root(W.shape[0], damping)
-    whitened = W if root is None else root.root @ W
+    whitened = W if root is None else root.whiten(W)
     return root, whitened, long.between(whitened, damping)
-
-
-def _energy(D: Tensor, input_moment: Tensor | None, output_moment: Tensor | None) -> float:
-    right = D if input_moment is None else D @ input_moment.to(torch.float64)
-    left = D if output_moment is None else output_moment.to(torch.float64) @ D
-    return float((left * right).sum().clamp_min(0))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.fit import damped
+from bondsmith.tensor.metric import damped
 from bondsmith.tensor.rounding import LARGEST_SCALE, Grid, Rounded, as_half, find_scale
 
 DAMPING = 1e-2  # of the mean diagonal: the usual one of GPTQ

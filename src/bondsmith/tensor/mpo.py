@@ -2,6 +2,9 @@
 
 Legend: `O` out features, `I` in features, `o, i` legs of a site, `a, b` bonds left and right of it, `T` tokens.
 `W[(o_1..o_n), (i_1..i_n)] = sum_a G_1[1,o_1,i_1,a_1] G_2[a_1,o_2,i_2,a_2] ... G_n[a_{n-1},o_n,i_n,1]`.
+
+A batch of networks of the same legs and bonds (the experts of a mixture) is one object with leading dimensions: cores
+`(N, a, o, i, b)`, matrices `(N, O, I)`. All of the algebra works on it at once.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from bondsmith.tensor.sites import Sites
 
 @dataclass(frozen=True, eq=False)
 class MPO:
-    """A network of cores `(a, o, i, b)`; ValueError if the bonds do not meet or an entry is not finite.
+    """A network of cores `(..., a, o, i, b)`; ValueError if the bonds do not meet or an entry is not finite.
 
     >>> mpo = MPO((torch.ones(1, 2, 1, 3), torch.ones(3, 1, 4, 1)))
     >>> print(mpo, mpo.to_matrix().shape, float(mpo.to_matrix()[0, 0]))
     MPO (2,1)(1,4) bonds (3,), 18 parameters torch.Size([2, 4]) 3.0
+    >>> print(MPO.stack([mpo, mpo]))
+    2 times MPO (2,1)(1,4) bonds (3,), 36 parameters
     """
 
     cores: tuple[Tensor, ...]
@@ -34,9 +39,11 @@ class MPO:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cores", tuple(self.cores))
         shapes = [tuple(core.shape) for core in self.cores]
-        if not shapes or any(len(shape) != 4 or 0 in shape for shape in shapes):
+        if not shapes or any(len(shape) < 4 or 0 in shape for shape in shapes):
             raise ValueError(f"cores have shapes {shapes}; each needs four legs (a, o, i, b) of at least 1")
-        left, right = [1, *(shape[3] for shape in shapes)], [*(shape[0] for shape in shapes), 1]
+        if len({shape[:-4] for shape in shapes}) > 1:
+            raise ValueError(f"cores have shapes {shapes}; the dimensions before (a, o, i, b) differ")
+        left, right = [1, *(shape[-1] for shape in shapes)], [*(shape[-4] for shape in shapes), 1]
         if left != right:
             raise ValueError(
                 f"cores of shapes {shapes} do not meet: bonds {left} from the left, {right} from the right"
@@ -47,12 +54,17 @@ class MPO:
     @property
     def sites(self) -> Sites:
         """The legs."""
-        return Sites(tuple(core.shape[1] for core in self.cores), tuple(core.shape[2] for core in self.cores))
+        return Sites(tuple(core.shape[-3] for core in self.cores), tuple(core.shape[-2] for core in self.cores))
+
+    @property
+    def batch(self) -> torch.Size:
+        """The leading dimensions; empty for one network."""
+        return self.cores[0].shape[:-4]
 
     @property
     def bonds(self) -> tuple[int, ...]:
         """The `n - 1` bond dimensions."""
-        return tuple(core.shape[3] for core in self.cores[:-1])
+        return tuple(core.shape[-1] for core in self.cores[:-1])
 
     @property
     def parameters(self) -> int:
@@ -73,14 +85,39 @@ class MPO:
         """The same network in another dtype or place."""
         return MPO(tuple(core.to(dtype=dtype or core.dtype, device=device or core.device) for core in self.cores))
 
+    @classmethod
+    def stack(cls, mpos: Sequence[MPO]) -> MPO:
+        """Networks of the same legs as a batch; bonds are filled up with zeros to the largest."""
+        if len({mpo.sites for mpo in mpos}) != 1:
+            raise ValueError(f"networks with sites {[str(mpo.sites) for mpo in mpos]} do not make a batch: other legs")
+        bonds = [max(sizes) for sizes in zip(*(mpo.bonds for mpo in mpos), strict=True)]
+        shapes = mpos[0].sites.core_shapes(bonds)
+        return cls(tuple(torch.stack([_filled(mpo.cores[k], shape) for mpo in mpos]) for k, shape in enumerate(shapes)))
+
+    def __getitem__(self, index: int) -> MPO:
+        """Network `index` of a batch; IndexError if there is none."""
+        if not self.batch:
+            raise IndexError(f"{self} is one network, not a batch")
+        return MPO(tuple(core[index] for core in self.cores))
+
     def to_matrix(self) -> Tensor:
-        """The `(O, I)` matrix."""
+        """The `(..., O, I)` matrix."""
         return fold(self.cores)
 
     def apply(self, x: Tensor) -> Tensor:
-        """`W x` for `x` of shape `(..., I)`: `(..., O)`, starting at the end that costs less."""
+        """`W x` for `x` of shape `(..., I)`: `(..., O)`, starting at the end that costs less.
+
+        A batch of `N` networks takes `(N, ..., I)`, each its own part.
+        """
         if x.shape[-1:] != (self.sites.in_features,):
             raise ValueError(f"x has shape {tuple(x.shape)}; sites {self.sites} take {self.sites.in_features} features")
+        if self.batch:
+            if x.shape[: len(self.batch)] != self.batch:
+                raise ValueError(f"x has shape {tuple(x.shape)}; {tuple(self.batch)} networks need as many parts")
+            parts = x.flatten(0, len(self.batch) - 1) if len(self.batch) > 1 else x
+            flat = MPO(tuple(core.flatten(0, -5) for core in self.cores))
+            y = torch.stack([flat[n].apply(part) for n, part in enumerate(parts)])
+            return y.reshape(*x.shape[:-1], -1)
         from_right = self.sites.sweeps_from_right(self.bonds)
         layers = [partial(F.linear, weight=core_to_weight(core, from_right)) for core in self.cores]
         return sweep(self.sites, self.bonds, layers, x, from_right)
@@ -98,15 +135,23 @@ class MPO:
         return cls(tuple(data["cores"]))
 
     def __str__(self) -> str:
-        return f"MPO {self.sites} bonds {self.bonds}, {self.parameters} parameters"
+        count = f"{self.batch.numel()} times " if self.batch else ""
+        return f"{count}MPO {self.sites} bonds {self.bonds}, {self.parameters} parameters"
 
 
 def fold(cores: Sequence[Tensor]) -> Tensor:
-    """The `(O, I)` matrix of a chain of cores `(a, o, i, b)`, folded in from the first to the last, one GEMM each."""
-    block = cores[0][0]
+    """The `(..., O, I)` matrix of a chain of cores `(..., a, o, i, b)`, folded in from the first on, one GEMM each."""
+    block = cores[0].squeeze(-4)
+    batch = block.shape[:-3]
     for core in cores[1:]:
-        rows, columns, _ = block.shape
-        a, o, i, b = core.shape
-        block = block.reshape(rows * columns, a) @ core.reshape(a, o * i * b)
-        block = block.reshape(rows, columns, o, i, b).transpose(1, 2).reshape(rows * o, columns * i, b)
+        rows, columns, _ = block.shape[-3:]
+        a, o, i, b = core.shape[-4:]
+        block = block.reshape(*batch, rows * columns, a) @ core.reshape(*batch, a, o * i * b)
+        block = block.reshape(*batch, rows, columns, o, i, b).transpose(-4, -3)
+        block = block.reshape(*batch, rows * o, columns * i, b)
     return block[..., 0]
+
+
+def _filled(core: Tensor, shape: Sequence[int]) -> Tensor:
+    a, _, _, b = core.shape
+    return torch.nn.functional.pad(core, (0, shape[3] - b, 0, 0, 0, 0, 0, shape[0] - a))

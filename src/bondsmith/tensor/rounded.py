@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bondsmith.tensor.checks import check_moment
 from bondsmith.tensor.contract import core_to_weight, weight_to_core
-from bondsmith.tensor.fit import DAMPING, damped
 from bondsmith.tensor.gauge import pivot_cut
 from bondsmith.tensor.gptq import gptq
+from bondsmith.tensor.metric import DAMPING, damped
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.rounding import Grid, Rounded
 from bondsmith.tensor.weighted import fit_cores, left_block, right_block

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bondsmith.tensor.fit import DAMPING
+from bondsmith.tensor.metric import DAMPING
 from bondsmith.tensor.sites import Sites, divisors, factorisations
 from bondsmith.tensor.weighted import Fit, fit_mpo
 

@@ -68,6 +68,6 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def fix_signs(vectors: Tensor) -> Tensor:
-    """The columns, each with its largest entry positive: singular vectors come with a sign that differs by machine."""
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    """The columns of `(..., m, r)`, each with its largest entry positive: singular vectors come with a sign that differs by machine."""
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)

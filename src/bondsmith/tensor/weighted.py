@@ -21,16 +21,8 @@ from torch import Tensor
 
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.fit import (
-    DAMPING,
-    Root,
-    check_sites,
-    damped,
-    moment_root,
-    relative_error,
-    sequential_svd,
-    whitened_cut,
-)
+from bondsmith.tensor.fit import check_sites, sequential_svd, whitened_cut
+from bondsmith.tensor.metric import DAMPING, Root, damped, moment_root, relative_error
 from bondsmith.tensor.mpo import MPO, fold
 from bondsmith.tensor.sites import Sites
 
@@ -248,7 +240,7 @@ def _whiten_moment(
     check_moment(moment, prod(legs), name)
     full = damped(moment, damping)
     roots = [moment_root(leg, _LEG_DAMPING, name) for leg in leg_moments(full, legs)]
-    inverses = [root.inverse for root in roots]
+    inverses = [root.inverse.T for root in roots]
     return _kron_apply(_kron_apply(full, inverses).T, inverses), roots
 
 
@@ -270,7 +262,7 @@ def leg_moments(moment: Tensor, legs: Sequence[int]) -> list[Tensor]:
 
 
 def _kron_apply(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """`matrix @ kron(factors)` for symmetric factors, one leg at a time."""
+    """`matrix @ kron(factors)`, one leg at a time."""
     rows = matrix.shape[0]
     state = matrix.reshape(rows, *(len(factor) for factor in factors))
     for factor in factors:

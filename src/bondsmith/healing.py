@@ -1,0 +1,399 @@
+"""Global distillation of a compressed directory: the order of what happens, in one process or in those of `torchrun`.
+
+As in a compression, everything goes on in `OUT.partial` (`DIR.partial` where the directory is healed in place); the weight files of the
+healed model are written at the end and the directory takes its name in one rename. Until then `DIR` is as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from bondsmith import data as texts
+from bondsmith.data import check_spec
+from bondsmith.model.blocks import BlockRunner
+from bondsmith.model.checkpoint import open_compressed, write_json, write_shard
+from bondsmith.model.hub import FORMAT, load
+from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, open_source
+from bondsmith.nn.free import free_all
+from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, log, logging_to, move_into_place, open_directory
+from bondsmith.stages import quality, report
+from bondsmith.stages.healing import output
+from bondsmith.stages.healing.loop import Loop, Moment, Teacher
+from bondsmith.stages.healing.ranks import Ranks, joined
+from bondsmith.stages.healing.samples import Samples, Windows, join, read_samples
+from bondsmith.stages.healing.settings import HealError, HealSettings
+from bondsmith.stages.healing.shard import compute_again, keeps_apart, shard
+from bondsmith.stages.healing.state import States
+from bondsmith.stages.healing.teacher import Cache, ask
+from bondsmith.stages.training import Steps, trainable
+
+Progress = Callable[[str, float], None]
+Tell = Callable[[Moment], None]
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A finished healing: where the model lies, and the section `healing` of its `results.json`."""
+
+    path: Path
+    healing: dict[str, Any]
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """Returns the model; options go to `from_pretrained`."""
+        return load(self.path, **options)
+
+    def __str__(self) -> str:
+        lines = [
+            f"step {e['step']:>6}  {e['tokens']:>9,} tokens  "
+            + (f"KL {e['kl']:.4f}  " if "kl" in e else "")
+            + f"perplexity {e['perplexity']:.3f}"
+            for e in self.healing["curve"]
+        ]
+        return "\n".join([*lines, f"kept: step {self.healing['best_step']}"])
+
+
+def heal(
+    directory: str | Path,
+    out: str | Path | None = None,
+    *,
+    teacher: str | Path | bool = True,
+    cache: str | Path | None = None,
+    resume: bool = False,
+    finish: bool = False,
+    overwrite: bool = False,
+    evaluate: bool = True,
+    command: str | None = None,
+    progress: Progress = lambda stage, share: None,
+    tell: Tell = lambda moment: None,
+    **settings: Any,
+) -> Healed:
+    """Trains the networks and norms of a compressed directory to predict what the original predicts; returns where the result is.
+
+    Args:
+        directory: what `bondsmith compress` wrote.
+        out: where the healed model goes; without it, in the place of `directory`.
+        teacher: the original (hub id, directory or GGUF file); True takes the one that `directory` names, False trains on the text alone.
+        cache: directory of the original's predictions, to be shared by several healings; without it they are deleted at the end.
+        resume: go on from the last checkpoint of an interrupted healing with the same settings.
+        finish: write the best state of an interrupted healing, without training on.
+        overwrite: replace what is in `out`, and drop what an interrupted run left.
+        evaluate: measure quality on held-out text anew.
+        progress: is called with the name of a stage and the share of it that is done.
+        tell: is called after every step.
+        settings: see `bondsmith.stages.healing.settings.HealSettings`: `data`, `tokens`, `learning_rate`, ...
+
+    Raises:
+        HealError, ModelError, DataError, RunError: before any long work; HealError also when the loss is no number.
+        DiskFullError: later; what is done is kept for `resume`.
+    """
+    chosen = HealSettings.from_settings(settings)
+    source = open_compressed(Path(directory).expanduser().absolute())
+    place = source.path if out is None else Path(out).expanduser().absolute()
+    for spec in chosen.data:
+        check_spec(spec)
+    with joined(chosen.device) as ranks:
+        partial_place = place.with_name(place.name + ".partial")
+        if ranks.main:
+            open_directory(place, resume or finish, overwrite, replaces=place == source.path)
+        ranks.wait()
+        run = _Run(source, partial_place, chosen, ranks, teacher, command or _python_command(directory, out, chosen))
+        run.progress, run.tell = (progress, tell) if ranks.main else (run.progress, run.tell)
+        run.cache = Path(cache).expanduser().absolute() if cache else partial_place / WORK
+        with logging_to(partial_place / "log.txt") if ranks.main else nullcontext():
+            healing = run.guarded(finish, evaluate)
+        if ranks.main:
+            move_into_place(partial_place, place)
+        ranks.wait()
+    return Healed(place, healing)
+
+
+@dataclass
+class _Run:
+    """One healing in its directory; once `started`, what is there is worth keeping."""
+
+    source: Source
+    directory: Path
+    settings: HealSettings
+    ranks: Ranks
+    teacher: str | Path | bool
+    command: str
+    progress: Progress = lambda stage, share: None
+    tell: Tell = lambda moment: None
+    cache: Path = Path()
+    started: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        return self.directory / WORK
+
+    def guarded(self, finish: bool, evaluate: bool) -> dict[str, Any]:
+        """Runs all; what goes wrong before anything is worth keeping leaves no directory behind."""
+        self.started = (self.directory / FINGERPRINT).is_file()
+        try:
+            return self.all(finish, evaluate)
+        except ValueError as error:
+            log.error("%s", error)
+            if not self.started and self.ranks.main:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def all(self, finish: bool, evaluate: bool) -> dict[str, Any]:
+        """Runs what is not done yet; returns the section `healing` of the results."""
+        log.info("bondsmith heal: %s", self.command)
+        original = self.open_teacher()
+        tokenizer = load_tokenizer(self.source.path)
+        self.keep_fingerprint(original)
+        samples = self.samples(tokenizer, original is not None)
+        self.started = True
+        log.info("%d windows to train on, %d held out", len(samples.train), len(samples.held))
+        student = load(self.source.path, dtype=torch.float32).to(self.ranks.device).eval()
+        apart = keeps_apart(student)
+        teacher = self.predictions(original, samples, apart)
+        loop, freed = self.loop(student, samples, teacher, apart)
+        if finish:
+            loop.finish()
+        else:
+            loop.run()
+        trained = output.whole(loop.parameters)
+        healing = self.section(loop, samples, original)
+        if self.ranks.main:
+            output.write_healed(self.source.path, self.directory, output.stored(student, freed, trained))
+            self.record(healing, original if evaluate else None, samples)
+        self.ranks.wait()
+        return healing
+
+    def open_teacher(self) -> Source | None:
+        """Returns the original, or None without one; ModelError where it is of another vocabulary."""
+        if self.teacher is False:
+            return None
+        name = self.teacher
+        if name is True:
+            results = self.source.path / "results.json"
+            if not results.is_file():
+                raise HealError(
+                    f"{self.source.path} does not say what it was made from: give --teacher MODEL or --no-teacher"
+                )
+            name = json.loads(results.read_text())["model"]["name"]
+        cache = self.work / "source"
+        if self.ranks.main:
+            self._open(name, cache)
+        self.ranks.wait()
+        original = self._open(name, cache)
+        words = [int(c.get_text_config().vocab_size) for c in (original.config, self.source.config)]
+        if words[0] != words[1]:
+            raise HealError(
+                f"{name} has a vocabulary of {words[0]} words, {self.source.path} one of {words[1]}: a teacher must have the "
+                "same tokenizer; give the original with --teacher, or --no-teacher"
+            )
+        return original
+
+    def _open(self, name: str | Path, cache: Path) -> Source:
+        try:
+            return open_source(name, cache)
+        except ModelError as error:
+            raise HealError(
+                f"the original cannot be opened ({error}): say where it is with --teacher MODEL, or train on the text alone "
+                "with --no-teacher"
+            ) from error
+
+    def keep_fingerprint(self, original: Source | None) -> None:
+        """Writes the fingerprint, or compares it with the one found; RunError names what has changed."""
+        files = [Path(s).expanduser() for s in self.settings.data if not s.startswith("hf:")]
+        inputs = [*self.source.files, self.source.path / "config.json", *files, *(original.files if original else ())]
+        now = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "settings": self.settings.to_dict() | {"teacher": original.name if original else None},
+            "files": {str(f): file_digest(f) for f in inputs},
+        }
+        path = self.directory / FINGERPRINT
+        found = []
+        if path.is_file():
+            found = changes(json.loads(path.read_text()), now)
+        elif self.ranks.main:
+            write_json(path, now)
+        if found:
+            raise RunError(
+                f"{self.directory} holds an unfinished run with other settings or files ({'; '.join(found)}): "
+                "give the same ones, or --overwrite to start anew"
+            )
+        self.ranks.wait()
+
+    def samples(self, tokenizer: Any, with_teacher: bool) -> Samples:
+        """Returns the windows; made once by the main process, then read from disk."""
+        file, notes = self.work / "windows.safetensors", self.work / "windows.json"
+        if self.ranks.main and not notes.is_file():
+            try:
+                found = self._read_samples(tokenizer, with_teacher)
+            except ValueError:
+                if not self.started:
+                    shutil.rmtree(self.directory, ignore_errors=True)
+                raise
+            write_shard(file, _tensors(found))
+            rows = [[w.documents, w.split] for w in (found.train, found.held)]
+            write_json(notes, {"windows": rows, "plain": [[p.spec, p.documents] for p in found.plain]})
+        self.ranks.wait()
+        return _samples(load_file(file), json.loads(notes.read_text()))
+
+    def _read_samples(self, tokenizer: Any, with_teacher: bool) -> Samples:
+        s = self.settings
+        longest = int(getattr(self.source.config.get_text_config(), "max_position_embeddings", s.window))
+        answers = s.loss_on == "answers" or (s.loss_on == "auto" and not with_teacher)
+        return read_samples(
+            s.data,
+            tokenizer,
+            tokens=s.tokens,
+            held_out=s.validation_windows,
+            window=min(s.window, longest),
+            answers=answers,
+            seed=s.seed,
+        )
+
+    def predictions(self, original: Source | None, samples: Samples, apart: bool) -> Teacher | None:
+        """Returns the original's predictions by window, training windows first."""
+        if original is None:
+            return None
+        windows = join([samples.train, samples.held])
+        if self.settings.resident:
+            model = load_whole(original, self.ranks.device)
+            return partial(_ask_again, model, windows, self.settings.top_k, apart)
+        digests = {str(f): file_digest(f) for f in original.files}
+        vocabulary = int(original.config.get_text_config().vocab_size)
+        cache = Cache.at(self.cache, windows, digests, self.settings.top_k, vocabulary, apart)
+        missing = cache.missing
+        self.ranks.wait()
+        if missing:
+            log.info("the original's predictions on %d windows ...", len(windows))
+            model = load_whole(original, self.ranks.device)
+            for done, index in enumerate(missing):
+                if index % self.ranks.world == self.ranks.rank:
+                    cache.write(index, lambda places: ask(model, windows, places, self.settings.top_k, apart))
+                self.progress("teacher", (done + 1) / len(missing))
+            del model
+            self.ranks.wait()
+            if self.ranks.main:
+                cache.describe(original.name)
+        log.info("the original's predictions: %.1f MB in %s", cache.bytes / 1e6, cache.folder)
+        return cache.read
+
+    def loop(
+        self, student: PreTrainedModel, samples: Samples, teacher: Teacher | None, apart: bool
+    ) -> tuple[Loop, list[str]]:
+        """Returns the training loop, and the names of the networks that are in their free form meanwhile."""
+        freed = free_all(student)
+        trainable(student, self.settings.embeddings)
+        if self.settings.checkpoint_activations:
+            compute_again(BlockRunner(student, _path(self.source)).blocks)
+        if self.ranks.several:
+            shard(student, BlockRunner(student, _path(self.source)).blocks, self.ranks)
+        parameters = trainable(student, self.settings.embeddings)
+        optimizer = Steps(student, parameters, self.settings.learning_rate, self.settings.norm_rate)
+        states = States(self.work, self.ranks)
+        loop = Loop(
+            student,
+            parameters,
+            optimizer,
+            samples.train,
+            samples.held,
+            teacher,
+            apart,
+            self.settings,
+            self.ranks,
+            states,
+        )
+        loop.tell = self.tell_all
+        return loop, freed
+
+    def tell_all(self, moment: Moment) -> None:
+        """Passes a step on to the log, the bar and whoever else watches."""
+        log.info("%s", moment)
+        self.progress("heal", moment.step / moment.steps)
+        self.tell(moment)
+
+    def section(self, loop: Loop, samples: Samples, original: Source | None) -> dict[str, Any]:
+        """Returns the section `healing` of `results.json`."""
+        return {
+            "command": self.command,
+            "teacher": original.name if original else None,
+            "settings": self.settings.to_dict(),
+            "processes": self.ranks.world,
+            "windows": len(samples.train),
+            "documents": samples.train.documents,
+            "split_documents": samples.train.split,
+            "steps": loop.step,
+            "best_step": loop.best,
+            "tokens": loop.step * self.settings.batch * self.settings.window,
+            "trained_parameters": sum(p.numel() for p in loop.parameters.values()),
+            "seconds": loop.seconds,
+            "curve": loop.history,
+        }
+
+    def record(self, healing: dict[str, Any], original: Source | None, samples: Samples) -> None:
+        """Writes results and report: what was measured before the healing and no longer holds is left out or measured anew."""
+        file = self.source.path / "results.json"
+        if not file.is_file():
+            return
+        results = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("quality", "tasks", "chat")}
+        results["healing"] = healing
+        if original is not None:
+            healed = open_compressed(self.directory)
+            advance = partial(self.progress, "quality")
+            results["quality"] = quality.compare(original, healed, samples.plain, self.ranks.device, advance)
+        write_json(self.directory / "results.json", results)
+        report.write_report(self.directory, results)
+
+
+def _ask_again(model: PreTrainedModel, windows: Windows, k: int, apart: bool, index: torch.Tensor) -> Any:
+    return ask(model, windows, index, k, apart)
+
+
+def _path(source: Source) -> str:
+    """The path of the block list: found on the architecture as it is without networks."""
+    from bondsmith.model.source import skeleton
+
+    config = source.config.__class__.from_dict(source.config.to_dict())
+    config.__dict__.pop("quantization_config", None)
+    return BlockRunner(skeleton(config)).path
+
+
+def _tensors(samples: Samples) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, windows in (("train", samples.train), ("held", samples.held)):
+        tensors |= {
+            f"{name}.ids": windows.ids,
+            f"{name}.positions": windows.positions,
+            f"{name}.counts": windows.counts,
+        }
+    return tensors | {f"plain.{i}": p.ids for i, p in enumerate(samples.plain)}
+
+
+def _samples(tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Samples:
+    train, held = (
+        Windows(tensors[f"{name}.ids"], tensors[f"{name}.positions"], tensors[f"{name}.counts"], *row)
+        for name, row in zip(("train", "held"), notes["windows"], strict=True)
+    )
+    plain = [
+        texts.Windows(spec, tensors[f"plain.{i}"], documents) for i, (spec, documents) in enumerate(notes["plain"])
+    ]
+    return Samples(train, held, tuple(plain))
+
+
+def _python_command(directory: str | Path, out: str | Path | None, settings: HealSettings) -> str:
+    plain = HealSettings(settings.data).to_dict()
+    changed = {k: v for k, v in settings.to_dict().items() if k == "data" or v != plain[k]}
+    given = ", ".join(
+        [repr(str(directory)), *([repr(str(out))] if out else []), *(f"{k}={v!r}" for k, v in changed.items())]
+    )
+    return f"bondsmith.heal({given})"

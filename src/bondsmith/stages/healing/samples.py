@@ -1,0 +1,238 @@
+"""Training windows: documents and chats as tokens, long ones split, short ones packed side by side, with what counts for the loss.
+
+Every window is full of whole pieces; the positions of a piece start at 0, from which transformers keeps the pieces of a window apart
+in attention. A token counts when it is to be predicted: never the first of a piece, never padding, of a chat with `answers` only what
+the assistant says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bondsmith import data
+from bondsmith.data import SELF, DataError, documents
+
+_OPEN = 64  # windows that wait for a piece that fits
+
+Piece = tuple[list[int], list[bool]]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Packed windows of tokens.
+
+    Attributes:
+        ids: token ids, (windows, tokens), int64.
+        positions: place of each token in its piece, (windows, tokens), int64.
+        counts: True where the token is to be predicted, (windows, tokens).
+        documents: how many documents they come from.
+        split: how many of those were longer than a window.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    counts: Tensor
+    documents: int
+    split: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to be predicted."""
+        return int(self.counts.sum())
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the three tensors."""
+        digest = hashlib.sha256()
+        for tensor in (self.ids, self.positions, self.counts):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def take(self, index: Tensor) -> Windows:
+        """Returns the windows at these places."""
+        return Windows(self.ids[index], self.positions[index], self.counts[index], self.documents, self.split)
+
+
+def join(parts: Sequence[Windows]) -> Windows:
+    """Returns all windows of several texts as one."""
+    ids, positions, counts = (torch.cat([getattr(p, n) for p in parts]) for n in ("ids", "positions", "counts"))
+    return Windows(ids, positions, counts, sum(p.documents for p in parts), sum(p.split for p in parts))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Windows to train on, to validate on, and running text of the held-out documents, one entry a SPEC."""
+
+    train: Windows
+    held: Windows
+    plain: tuple[data.Windows, ...]
+
+
+def read_samples(
+    specs: Sequence[str], tokenizer: Any, *, tokens: int, held_out: int, window: int, answers: bool, seed: int
+) -> Samples:
+    """Returns the training windows, `tokens` tokens in all or what there is, and `held_out` windows of each SPEC.
+
+    Training documents and held-out ones never overlap; the held-out ones come first, as they do in `bondsmith compress`.
+
+    Raises:
+        DataError: a text is missing, too short, or holds chats that the model has no template for.
+    """
+    share = max(1, -(-tokens // window // len(specs)))
+    train, held, plain = [], [], []
+    for spec in specs:
+        if spec == SELF:
+            raise DataError("self: healing needs a text; give a .txt, .jsonl or .jsonl.gz file or hf:DATASET")
+        rows = list(documents(spec))
+        random.Random(seed).shuffle(rows)
+        first = _pack(rows, spec, tokenizer, held_out, window, answers)
+        running = data.read_windows(spec, tokenizer, count=held_out, window=window, seed=seed)
+        rest = _pack(rows[max(first.documents, running.documents) :], spec, tokenizer, share, window, answers)
+        if len(first) < held_out or not len(rest):
+            raise DataError(
+                f"{spec} is too short: {len(rows)} documents fill {len(first) + len(rest)} windows of {window} tokens, "
+                f"at least {held_out + 1} are needed ({held_out} to validate on, 1 to train on); give more text, "
+                "a smaller --window or fewer --validation-windows"
+            )
+        train.append(rest)
+        held.append(first)
+        plain.append(running)
+    return Samples(join(train), join(held), tuple(plain))
+
+
+def _pack(rows: Iterable[Any], spec: str, tokenizer: Any, count: int, window: int, answers: bool) -> Windows:
+    """Returns up to `count` windows of the first documents that fill them."""
+    packer = _Packer(window, _padding(tokenizer))
+    used = split = 0
+    for row in rows:
+        if len(packer.closed) >= count:
+            break
+        pieces = list(_split(_tokenise(row, spec, tokenizer, answers), window))
+        used, split = used + 1, split + (len(pieces) > 1)
+        for piece in pieces:
+            packer.add(piece)
+    if len(packer.closed) < count:
+        packer.close_all()
+    ids, positions, counts = packer.tensors(count)
+    return Windows(ids, positions, counts, used, split)
+
+
+class _Packer:
+    """Puts pieces into the first window with room for them (first fit)."""
+
+    def __init__(self, window: int, padding: int):
+        self.window, self.padding = window, padding
+        self.open: list[list[Piece]] = []
+        self.closed: list[list[Piece]] = []
+
+    def add(self, piece: Piece) -> None:
+        size = len(piece[0])
+        for place, pieces in enumerate(self.open):
+            room = self.window - sum(len(p[0]) for p in pieces)
+            if size <= room:
+                pieces.append(piece)
+                if room - size < 2:
+                    self.closed.append(self.open.pop(place))
+                return
+        if size >= self.window - 1:
+            self.closed.append([piece])
+        else:
+            self.open.append([piece])
+        if len(self.open) > _OPEN:
+            fullest = max(range(len(self.open)), key=lambda i: sum(len(p[0]) for p in self.open[i]))
+            self.closed.append(self.open.pop(fullest))
+
+    def close_all(self) -> None:
+        """Closes the windows that still have room, the fullest first."""
+        self.closed += sorted(self.open, key=lambda pieces: -sum(len(p[0]) for p in pieces))
+        self.open = []
+
+    def tensors(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ids, positions and counts of the first `count` windows that have something to predict."""
+        useful = [w for w in self.closed if any(any(p[1]) for p in w)][:count]
+        ids = torch.full((len(useful), self.window), self.padding)
+        positions = torch.zeros(len(useful), self.window, dtype=torch.int64)
+        counts = torch.zeros(len(useful), self.window, dtype=torch.bool)
+        for row, pieces in enumerate(useful):
+            first = 0
+            for tokens, loss in pieces:
+                last = first + len(tokens)
+                ids[row, first:last] = torch.tensor(tokens)
+                positions[row, first:last] = torch.arange(len(tokens))
+                counts[row, first:last] = torch.tensor(loss)
+                counts[row, first] = False
+                first = last
+            positions[row, first:] = torch.arange(self.window - first)
+        return ids, positions, counts
+
+
+def _split(piece: Piece, window: int) -> Iterator[Piece]:
+    """Yields a document in pieces of a window; each starts with the last token of the one before, so that every token is predicted."""
+    tokens, counts = piece
+    for first in range(0, max(1, len(tokens) - 1), window - 1):
+        yield tokens[first : first + window], counts[first : first + window]
+
+
+def _tokenise(row: str | list[dict[str, str]], spec: str, tokenizer: Any, answers: bool) -> Piece:
+    if isinstance(row, str):
+        return _text(row, tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        if answers:
+            raise DataError(
+                f"{spec} holds chats and the model has no chat template, so what the assistant says cannot be told apart: "
+                "put a chat_template.jinja into the model's directory, or train on all tokens with --loss-on all"
+            )
+        return _text("\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row), tokenizer)
+    tokens: list[int] = []
+    counts: list[bool] = []
+    for text, counted in _spans(row, spec, tokenizer):
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += found
+        counts += [counted or not answers] * len(found)
+    return tokens, counts
+
+
+def _text(text: str, tokenizer: Any) -> Piece:
+    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    if end is not None and tokens[-1:] != [end]:
+        tokens = [*tokens, end]
+    return tokens, [True] * len(tokens)
+
+
+def _spans(turns: list[dict[str, str]], spec: str, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """Yields the rendered chat in pieces, each with whether the assistant says it."""
+    done = ""
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise DataError(
+                f"{spec}: the model's chat template writes earlier turns anew at later ones, so answers cannot be told apart: "
+                "train on all tokens of plain text instead"
+            )
+        yield before[len(done) :], False
+        yield after[len(before) :], True
+        done = after
+    rest = tokenizer.apply_chat_template(turns, tokenize=False)
+    if rest.startswith(done) and len(rest) > len(done):
+        yield rest[len(done) :], False
+
+
+def _padding(tokenizer: Any) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0

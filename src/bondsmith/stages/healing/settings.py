@@ -1,0 +1,162 @@
+"""The settings of one healing, validated."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bondsmith.stages.training import cosine
+
+LOSS_ON = ("auto", "all", "answers")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class HealError(ValueError):
+    """Healing cannot start or go on; the message says why, at which step, and what helps."""
+
+
+@dataclass(frozen=True)
+class HealSettings:
+    """Settings of `bondsmith heal`.
+
+    Attributes:
+        data: SPECs of training text, see `bondsmith.data`; equal shares of each.
+        tokens: training tokens in all; text that is shorter is read again.
+        window: tokens per window.
+        batch: windows per optimizer step, over all processes.
+        micro_batch: windows per forward pass of a process.
+        learning_rate: how far a step moves a network's cores, as a share of their size.
+        norm_rate: the same for norms, biases, scales, embedding and head.
+        warmup: share of the steps in which the rate rises; a cosine brings it down to a fiftieth by the end.
+        clip: largest norm of the gradient; 0 for none.
+        kl_weight, ce_weight: of the divergence from the original and of the cross entropy of the text.
+        top_k: words of the original's distribution that are kept.
+        embeddings: train embedding and head too.
+        loss_on: all tokens, the assistant's answers only, or auto: answers without a teacher, all with one.
+        validation_windows: windows per SPEC that are kept apart to validate on.
+        validate_every, save_every: steps; 0 is eight times in all, and at every validation.
+        patience: validations in a row without a gain that end the training; 0 for none.
+        resident: ask the original while training, instead of its predictions on disk.
+        checkpoint_activations: compute the blocks again in backward: less memory, a third more time.
+        precision: auto is bfloat16 where the accelerator has it.
+        device, seed: as in `bondsmith compress`.
+    """
+
+    data: tuple[str, ...]
+    tokens: int = 300_000
+    window: int = 512
+    batch: int = 4
+    micro_batch: int = 2
+    learning_rate: float = 0.005
+    norm_rate: float = 1e-3
+    warmup: float = 0.05
+    clip: float = 1.0
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    top_k: int = 64
+    embeddings: bool = False
+    loss_on: str = "auto"
+    validation_windows: int = 4
+    validate_every: int = 0
+    save_every: int = 0
+    patience: int = 4
+    resident: bool = False
+    checkpoint_activations: bool = False
+    precision: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
+        self._check_types()
+        self._check()
+
+    def _check_types(self) -> None:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if kind == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+                raise HealError(f"{f.name}: {value!r} is not a whole number")
+            if kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise HealError(f"{f.name}: {value!r} is not a number")
+            if kind == "bool" and not isinstance(value, bool):
+                raise HealError(f"{f.name}: {value!r} is neither true nor false")
+
+    def _check(self) -> None:
+        if not self.data:
+            raise HealError("data: give at least one SPEC, e.g. --data my-text.jsonl")
+        for name, least in (("window", 2), ("batch", 1), ("micro_batch", 1), ("top_k", 1), ("validation_windows", 1)):
+            if getattr(self, name) < least:
+                raise HealError(f"{name}: {getattr(self, name)} is less than {least}")
+        if self.tokens < self.batch * self.window:
+            raise HealError(
+                f"tokens: {self.tokens} do not fill one step of {self.batch} windows of {self.window} tokens; "
+                "give more tokens, a smaller batch or a smaller window"
+            )
+        for name in ("learning_rate", "norm_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise HealError(f"{name}: {getattr(self, name)} is not above 0")
+        for name in ("clip", "kl_weight", "ce_weight", "validate_every", "save_every", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise HealError(f"{name}: {getattr(self, name)} is negative")
+        if not 0 <= self.warmup < 1:
+            raise HealError(f"warmup: {self.warmup} is not in [0, 1)")
+        if self.kl_weight == self.ce_weight == 0:
+            raise HealError("kl_weight and ce_weight are both 0: nothing would be trained")
+        for name, choices in (("loss_on", LOSS_ON), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise HealError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.tokens // (self.batch * self.window)
+
+    def rate(self, step: int) -> float:
+        """Returns the share of the full learning rate at a step: a straight rise, then a cosine down to a fiftieth."""
+        return cosine(step, self.steps, self.warmup)
+
+    def validates(self, step: int) -> bool:
+        """True where the state after `step` steps is validated."""
+        every = self.validate_every or max(1, -(-self.steps // 8))
+        return step % every == 0 or step == self.steps
+
+    def saves(self, step: int) -> bool:
+        """True where a checkpoint is written after `step` steps."""
+        return self.validates(step) or (self.save_every > 0 and step % self.save_every == 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as plain data, in field order."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> HealSettings:
+        """Returns the settings of a mapping; HealError names an unknown key and the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
+                raise HealError(f"unknown setting {key!r}{hint}")
+        if "data" not in settings:
+            raise HealError("data: give at least one SPEC, e.g. --data my-text.jsonl")
+        return cls(**settings)
+
+
+def read_settings(recipe: Path | None) -> dict[str, Any]:
+    """Returns the settings that a YAML file names; none without a file."""
+    if recipe is None:
+        return {}
+    if not recipe.is_file():
+        raise HealError(f"{recipe}: no such recipe file")
+    try:
+        settings = yaml.safe_load(recipe.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise HealError(f"{recipe} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise HealError(f"{recipe} must hold `key: value` lines")
+    return settings

@@ -1,0 +1,165 @@
+"""What of a compressed model is trained, and by which steps; block by block or as a whole.
+
+Trained are the floating parameters of networks and of packed matrices (their scales), norms and biases; embedding, head and matrices
+that stayed dense are not, unless asked for. Nothing is found by name: a parameter is left out when the module that owns it is an
+ordinary linear layer or embedding outside of a network.
+
+Cores are moved by the orthogonalised momentum of Jordan et al. 2024 (Muon): all directions of a core learn alike, not only those few that
+dominate the gradient; it keeps one number a parameter where Adam keeps two. Everything else is moved by Adam. Every tensor moves
+relative to the size of its own entries: cores of one model differ a hundredfold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.pytorch_utils import Conv1D
+
+from bondsmith.nn.linear import MPOLinear
+
+MOMENTUM = 0.95
+BETAS = (0.9, 0.95)
+_DENSE = (nn.Linear, nn.Embedding, Conv1D)
+_SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s coefficients: five steps bring every singular value to about 1
+
+
+def trainable(module: nn.Module, embeddings: bool = False) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a model or block that are trained, by name; every other one is frozen.
+
+    >>> block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4, bias=False))
+    >>> list(trainable(block))
+    ['0.weight', '0.bias']
+    """
+    frozen = {id(p) for p in _dense_weights(module, embeddings)}
+    chosen = {}
+    for name, parameter in module.named_parameters():
+        train = parameter.is_floating_point() and id(parameter) not in frozen
+        parameter.requires_grad_(train)
+        if train:
+            chosen[name] = parameter
+    return chosen
+
+
+def _dense_weights(module: nn.Module, embeddings: bool) -> Iterator[nn.Parameter]:
+    """Yields the weights of linear layers and embeddings outside of networks; with `embeddings`, not those of embedding and head."""
+    spared = _core_modules(module) | (_ends(module) if embeddings else set())
+    for owner in module.modules():
+        if isinstance(owner, _DENSE) and id(owner) not in spared:
+            yield from (p for leaf, p in owner.named_parameters(recurse=False) if leaf == "weight")
+
+
+def _core_modules(module: nn.Module) -> set[int]:
+    return {id(core) for layer in module.modules() if isinstance(layer, MPOLinear) for core in layer.cores}
+
+
+def _ends(module: nn.Module) -> set[int]:
+    getters = (getattr(module, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return {id(get()) for get in getters if get is not None}
+
+
+class Steps(torch.optim.Optimizer):
+    """Moves cores by orthogonalised momentum and everything else by Adam, each at a rate relative to its size.
+
+    Args:
+        module: the model or block whose parameters these are.
+        parameters: by name, from `trainable`.
+        core_rate, other_rate: root mean square of a step's change over that of the tensor, before `scale`.
+    """
+
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], core_rate: float, other_rate: float):
+        inside = _core_modules(module)
+        cores = {id(core.weight) for core in module.modules() if id(core) in inside and isinstance(core, nn.Linear)}
+        groups = []
+        for parameter in parameters.values():
+            is_core = id(parameter) in cores and parameter.dim() == 2
+            rate = (core_rate if is_core else other_rate) * _size(parameter)
+            groups.append({"params": [parameter], "core": is_core, "rate": rate})
+        super().__init__(groups, {})
+        self.scale = 1.0
+        for parameter, group in self._all():
+            names = ("momentum",) if group["core"] else ("mean", "square")
+            self.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
+            self.state[parameter]["step"] = torch.zeros(())
+
+    def _all(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield parameter, group
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Moves every parameter that has a gradient; `scale` is the share of the full rate."""
+        for parameter, group in self._all():
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            state["step"] += 1
+            change = _core_change(parameter, state) if group["core"] else _adam_change(parameter, state)
+            _part(parameter).add_(change, alpha=-group["rate"] * self.scale)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that is on this process; an ordinary tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _core_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+    assert parameter.grad is not None
+    gradient, momentum = _part(parameter.grad), _part(state["momentum"])
+    momentum.lerp_(gradient, 1 - MOMENTUM)
+    ahead = gradient.lerp(momentum, MOMENTUM)
+    if not isinstance(parameter, DTensor):
+        return _level(ahead)
+    # every process orthogonalises the whole core and keeps its part of the result
+    mesh, places = parameter.device_mesh, parameter.placements
+    whole = DTensor.from_local(
+        ahead, mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    ).full_tensor()
+    return distribute_tensor(_level(whole), mesh, places, src_data_rank=None).to_local()
+
+
+def _level(matrix: Tensor) -> Tensor:
+    """Returns the orthogonal polar factor of a matrix, nearly, scaled to entries of root mean square 1."""
+    a, b, c = _QUINTIC
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-12)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x / (x.square().mean().sqrt() + 1e-12)
+    return x.T if tall else x
+
+
+def _adam_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+    assert parameter.grad is not None
+    gradient, mean, square = _part(parameter.grad), _part(state["mean"]), _part(state["square"])
+    (first, second), step = BETAS, float(state["step"])
+    mean.lerp_(gradient, 1 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    return mean / (1 - first**step) / ((square / (1 - second**step)).sqrt() + 1e-12)
+
+
+def _size(parameter: Tensor) -> float:
+    tensor = parameter.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    size = float(whole.square().mean().sqrt()) if whole.numel() else 0.0
+    return size or _SIZE_OF_ZEROS
+
+
+def cosine(step: int, total: int, warmup: float, least: float = 0.02) -> float:
+    """Returns the share of the full rate at a step from 0: a straight rise, then a cosine down to `least`.
+
+    >>> [round(cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.51, 0.02]
+    """
+    warm = max(1, round(warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
