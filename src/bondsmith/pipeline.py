@@ -140,7 +140,7 @@ class _Compression(Run):
         networks = {m.name: m.network() for m in job.plan.matrices if m.network()}
         for name, copies in fused_copies(job.plan, job.moments, job.runner.path).items():
             networks[name]["copies"] = copies
-        write_config(self.directory, job.source, networks, job.dtype)
+        write_config(self.directory, job.source, networks, job.dtype, job.plan.packed())
 
     def describe(self, job: decompose.Job, calibration: list[Windows]) -> dict[str, Any]:
         """Returns the sections of `results.json` that need no measurement."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.nn.free import free_all, pivot_all
+from bondsmith.nn.packed import train_scales
 from bondsmith.recipe import Recipe
 from bondsmith.stages.moments import token_weights
 from bondsmith.stages.streams import Stream
@@ -93,11 +94,12 @@ def distill(lesson: Lesson, block: nn.Module, recipe: Recipe, dtype: torch.dtype
 
 
 class _Learner:
-    """A block in training on the first `windows`; gauged networks are in their free form meanwhile."""
+    """A block in training on the first `windows`; gauged networks are in their free form meanwhile, of packed ones the scales train."""
 
     def __init__(self, lesson: Lesson, block: nn.Module, recipe: Recipe, windows: int):
         self.lesson, self.block, self.recipe, self.windows = lesson, block, recipe, windows
         self.gauged = free_all(block)
+        train_scales(block)
         self.optimizer = Steps(block, trainable(block), recipe.blockwise_rate, NORM_RATE)
         self.batch = max(1, BATCH_TOKENS // lesson.ids.shape[1])
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -128,6 +130,7 @@ class _Learner:
     def finished(self, dtype: torch.dtype) -> nn.Module:
         """Returns the block with its gauged networks put back and all numbers rounded to the dtype of the saved model."""
         pivot_all(self.block, self.gauged)
+        train_scales(self.block, False)
         for parameter in self.block.parameters():
             parameter.requires_grad_(False).copy_(parameter.to(dtype))
         return self.block
