@@ -22,11 +22,14 @@ from safetensors.torch import load_file
 import bondsmith
 from bondsmith import cli
 from bondsmith.data import DataError
+from bondsmith.model.checkpoint import write_index, write_shard
 from bondsmith.model.source import ModelError
+from bondsmith.recipe import grid_of
 from bondsmith.rundir import RunError
 from bondsmith.stages.healing import loop
 from bondsmith.stages.healing.losses import Sums
 from bondsmith.stages.healing.settings import HealError
+from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 SETTINGS: dict[str, Any] = {
     "tokens": 5120,
@@ -134,6 +137,57 @@ def test_it_stops_when_it_no_longer_helps_and_keeps_the_best(
     with torch.no_grad():
         first, second = (m(input_ids=ids).logits for m in models)
     assert torch.allclose(first, second, atol=1e-4)
+
+
+# rounded
+
+
+def rounded(small: Path, place: Path, grid: Grid) -> Path:
+    """A compressed model with every core packed."""
+    shutil.copytree(small, place)
+    config = json.loads((place / "config.json").read_text())
+    packed, shards = {}, sorted(f.name for f in place.glob("bondsmith-*.safetensors"))
+    for shard in shards:
+        tensors = load_file(place / shard)
+        for name in [n for n in tensors if ".cores." in n]:
+            core = name.removesuffix(".weight")
+            packed[core] = grid.to_json()
+            tensors |= {f"{core}.{leaf}": t for leaf, t in round_to_nearest(tensors.pop(name), grid).tensors().items()}
+        write_shard(place / shard, tensors)
+    config["quantization_config"]["packed"] = packed
+    (place / "config.json").write_text(json.dumps(config))
+    write_index(place, shards)
+    return place
+
+
+def test_scales_and_norms_of_a_rounded_model_are_healed_and_its_integers_stay(home: Path, tmp_path: Path) -> None:
+    small = rounded(home / "small", tmp_path / "rounded", Grid(3, 16, symmetric=False))
+    done = bondsmith.heal(small, tmp_path / "out", data=str(home / "text.txt"), **(SETTINGS | {"norm_rate": 0.01}))
+    curve = done.healing["curve"]
+    assert curve[-1]["kl"] < 0.9 * curve[0]["kl"]
+    changed = set()
+    for file in small.glob("bondsmith-*.safetensors"):
+        old, new = load_file(file), load_file(done.path / file.name)
+        assert {n: (t.shape, t.dtype) for n, t in old.items()} == {n: (t.shape, t.dtype) for n, t in new.items()}
+        changed |= {n for n in old if not torch.equal(old[n], new[n])}
+    assert any("scales" in n for n in changed)
+    assert any("minima" in n for n in changed)
+    assert not any("codes" in n or "pivots" in n for n in changed)
+
+
+def test_training_with_the_rounding_simulated_loses_less_when_it_comes(home: Path, tmp_path: Path) -> None:
+    grid = grid_of(2, 16)
+    shared = {"tokens": 10240, "evaluate": False, "cache": tmp_path / "cache"}
+    plain = heal(home, tmp_path / "plain", **shared)
+    aware = heal(home, tmp_path / "aware", round_bits=2, round_group=16, **shared)
+    found = []
+    for done in (plain, aware):
+        place = rounded(done.path, tmp_path / f"{done.path.name}-2", grid)
+        again = bondsmith.heal(
+            place, tmp_path / "x", data=str(home / "text.txt"), evaluate=False, overwrite=True, **SETTINGS
+        )
+        found.append(again.healing["curve"][0]["kl"])
+    assert found[1] < found[0]
 
 
 # interrupted

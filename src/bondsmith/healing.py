@@ -26,6 +26,9 @@ from bondsmith.model.checkpoint import open_compressed, write_json, write_shard
 from bondsmith.model.hub import FORMAT, load
 from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, open_source
 from bondsmith.nn.free import free_all
+from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
+from bondsmith.nn.simulated import simulate_rounding
+from bondsmith.recipe import grid_of
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import quality, report
 from bondsmith.stages.healing import output
@@ -301,7 +304,16 @@ class _Run:
         self, student: PreTrainedModel, samples: Samples, teacher: Teacher | None, apart: bool
     ) -> tuple[Loop, list[str]]:
         """Returns the training loop, and the names of the networks that are in their free form meanwhile."""
-        freed = free_all(student)
+        freed = (
+            [] if self.settings.round_bits else free_all(student)
+        )  # what is rounded later is the form that is stored
+        if self.settings.round_bits:
+            simulate_rounding(student, grid_of(self.settings.round_bits, self.settings.round_group))
+        for module in student.modules():
+            if isinstance(module, PackedMatrix) and (
+                self.settings.embeddings or not isinstance(module, PackedEmbedding)
+            ):
+                module.train_scales()
         trainable(student, self.settings.embeddings)
         if self.settings.checkpoint_activations:
             compute_again(BlockRunner(student, _path(self.source)).blocks)
