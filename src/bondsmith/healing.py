@@ -154,6 +154,7 @@ class _Run:
 
     def all(self, finish: bool, evaluate: bool) -> dict[str, Any]:
         """Runs what is not done yet; returns the section `healing` of the results."""
+        self.settings.check_processes(self.ranks.world)
         log.info("bondsmith heal: %s", self.command)
         original = self.open_teacher()
         tokenizer = self.tokenizer(original)
@@ -161,9 +162,9 @@ class _Run:
         samples = self.samples(tokenizer, original is not None)
         self.started = True
         log.info("%d windows to train on, %d held out", len(samples.train), len(samples.held))
-        student = load(self.source.path, dtype=torch.float32).to(self.ranks.device).eval()
-        apart = keeps_apart(student)
+        apart = self.apart()
         teacher = self.predictions(original, samples, apart)
+        student = self.student()
         loop, freed = self.loop(student, samples, teacher, apart)
         if finish:
             loop.finish()
@@ -272,6 +273,18 @@ class _Run:
             answers=answers,
             seed=s.seed,
         )
+
+    def student(self) -> PreTrainedModel:
+        """Returns the compressed model."""
+        return load(self.source.path, dtype=torch.float32).to(self.ranks.device).eval()
+
+    def apart(self) -> bool:
+        """Returns whether pieces of a window can be kept apart; tried once, before the original takes its place in memory."""
+        note = self.work / "apart.json"
+        if self.ranks.main and not note.is_file():
+            write_json(note, keeps_apart(self.student()))
+        self.ranks.wait()
+        return bool(json.loads(note.read_text()))
 
     def predictions(self, original: Source | None, samples: Samples, apart: bool) -> Teacher | None:
         """Returns the original's predictions by window, training windows first."""

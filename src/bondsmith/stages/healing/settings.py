@@ -43,7 +43,7 @@ class HealSettings:
             their scales trained, whatever stands here.
         loss_on: all tokens, the assistant's answers only, or auto: answers without a teacher, all with one.
         validation_windows: windows per SPEC that are kept apart to validate on.
-        validate_every, save_every: steps; 0 is eight times in all, and at every validation.
+        validate_every, save_every: steps; 0 is eight times in all, and at every validation (and every ten minutes).
         patience: validations in a row without a gain that end the training; 0 for none.
         resident: ask the original while training, instead of its predictions on disk.
         checkpoint_activations: compute the blocks again in backward: less memory, a third more time.
@@ -56,7 +56,7 @@ class HealSettings:
     window: int = 512
     batch: int = 4
     micro_batch: int = 2
-    learning_rate: float = 0.005
+    learning_rate: float = 0.002
     norm_rate: float = 1e-3
     warmup: float = 0.05
     clip: float = 1.0
@@ -120,6 +120,14 @@ class HealSettings:
         for name, choices in (("loss_on", LOSS_ON), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise HealError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+
+    def check_processes(self, world: int) -> None:
+        """Raises HealError unless the windows of a step can be dealt out evenly."""
+        if self.batch % world:
+            raise HealError(
+                f"batch: {self.batch} windows a step cannot be dealt out evenly to {world} processes; "
+                f"give a multiple of {world}, e.g. --batch {world * -(-self.batch // world)}"
+            )
 
     @property
     def steps(self) -> int:
