@@ -283,6 +283,13 @@ class PackedHead(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def train_scales(model: nn.Module, mode: bool = True) -> None:
+    """Does `PackedMatrix.train_scales` for every packed module of a model or block."""
+    for module in model.modules():
+        if isinstance(module, PackedMatrix):
+            module.train_scales(mode)
+
+
 def half_scales(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Returns the state dictionary of `model` with the scales that are being trained rounded to the float16 of the format."""
     for name, module in model.named_modules():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.nn.free import free_all, pivoted
 from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import train_scales
 from bondsmith.recipe import Recipe
 from bondsmith.stages.moments import token_weights
 from bondsmith.stages.streams import Stream
@@ -94,11 +95,12 @@ def distill(lesson: Lesson, block: nn.Module, recipe: Recipe, dtype: torch.dtype
 
 
 class _Learner:
-    """A block in training on the first `windows`; gauged networks are in their free form meanwhile."""
+    """A block in training on the first `windows`; gauged networks are in their free form meanwhile, of packed ones the scales train."""
 
     def __init__(self, lesson: Lesson, block: nn.Module, recipe: Recipe, windows: int):
         self.lesson, self.block, self.recipe, self.windows = lesson, block, recipe, windows
         self.gauged = free_all(block)
+        train_scales(block)
         self.optimizer = Steps(block, trainable(block), recipe.blockwise_rate, NORM_RATE)
         self.batch = max(1, BATCH_TOKENS // lesson.ids.shape[1])
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -132,6 +134,7 @@ class _Learner:
             layer = self.block.get_submodule(name)
             assert isinstance(layer, MPOLinear)
             self.block.set_submodule(name, pivoted(layer))
+        train_scales(self.block, False)
         for parameter in self.block.parameters():
             parameter.requires_grad_(False).copy_(parameter.to(dtype))
         return self.block

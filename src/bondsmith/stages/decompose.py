@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, shape, trace_groups, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
+from bondsmith.nn.packed import saved_state
 from bondsmith.recipe import Recipe
 from bondsmith.stages import blockwise
 from bondsmith.stages.fitting import Difference, fit_matrix, plain_form
 from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.reduction import drop_channels
+from bondsmith.stages.rounding import rounded_embedding, rounded_tables
 from bondsmith.stages.streams import Stream
 
 
@@ -84,7 +86,9 @@ def compress_rest(job: Job) -> None:
     """Writes the weight file of everything outside the blocks, in the dtype of the saved model."""
     if not job.shard(-1).is_file():
         names = [n for n in stored_names(job.runner.model) if not n.startswith(job.runner.path + ".")]
-        write_shard(job.shard(-1), {name: _cast(t, job.dtype) for name, t in job.source.read(names).items()})
+        tensors = job.source.read(names)
+        rounded = rounded_tables(job.plan, tensors, job.fisher)
+        write_shard(job.shard(-1), {name: _cast(t, job.dtype) for name, t in tensors.items()} | rounded)
 
 
 def compress_blocks(job: Job, advance: Callable[[int], None]) -> None:
@@ -117,7 +121,8 @@ def _stream(job: Job, name: str, k: int) -> Stream:
     """Returns the hidden states that enter block k; those of the first block are made here."""
     stream = Stream(job.work / f"{name}-{k}", (*job.ids.shape, job.width))
     if k == 0 and not stream.complete:
-        with torch.no_grad():
+        saved = rounded_embedding(job.runner.model, job.plan, job.shard(-1), job.device)
+        with torch.no_grad(), saved if name == "compressed" else nullcontext():
             stream.write(job.runner.enter(_ids(job, first)) for first in job.batches())
     return stream
 
@@ -158,7 +163,7 @@ def _compress_block(job: Job, k: int) -> None:
     if job.recipe.blockwise and layers:
         compressed = _train(job, k, compressed)
     write_json(job.work / f"errors-{k}.json", errors)
-    write_shard(job.shard(k), {prefix + n: _cast(t, job.dtype) for n, t in compressed.state_dict().items()})
+    write_shard(job.shard(k), {prefix + n: t for n, t in saved_state(compressed, job.dtype).items()})
 
 
 def _train(job: Job, k: int, compressed: nn.Module) -> nn.Module:

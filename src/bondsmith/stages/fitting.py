@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from bondsmith.model.blocks import weight
 from bondsmith.model.source import ModelError
 from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedLinear
 from bondsmith.recipe import Recipe
 from bondsmith.stages.plan import MatrixPlan
+from bondsmith.stages.rounding import round_cores, rounded_dense
 from bondsmith.tensor.fit import propagated_target, sequential_svd, shifted_target, whitened_cut
 from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
@@ -49,14 +51,30 @@ def fit_matrix(
         if C is not None and D is not None:
             shift = shifted_target if D.moved else propagated_target
             target = shift(W, D.moment, C, 1.0 if D.moved else recipe.propagation_strength, recipe.damping)
-        if plan.sites is None:
-            return _dense(target, bias, dtype), 0.0
-        mpo = fit_network(target, plan, C, B, recipe.damping)
+        layer = _layer(target, bias, plan, C, B, recipe.damping, dtype)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
-    layer = MPOLinear.from_mpo(mpo, bias=bias, gauge=plan.gauge, dtype=dtype)
     layer.to(torch.float32).requires_grad_(False)
-    return layer, relative_error(W, layer.to_matrix(), C, B)
+    if plan.sites is None and plan.grid is None:
+        return layer, 0.0
+    return layer, relative_error(W, matrix_of(layer), C, B)
+
+
+def _layer(
+    target: Tensor,
+    bias: Tensor | None,
+    plan: MatrixPlan,
+    C: Tensor | None,
+    B: Tensor | None,
+    damping: float,
+    dtype: torch.dtype,
+) -> nn.Module:
+    if plan.sites is None:
+        saved = None if bias is None else bias.to(dtype)
+        return dense_layer(target.to(dtype), saved) if plan.grid is None else rounded_dense(target, plan, C, saved)
+    mpo = fit_network(target, plan, C, B, damping)
+    layer = MPOLinear.from_mpo(mpo, bias=bias, gauge=plan.gauge, dtype=dtype)
+    return layer if plan.grid is None else round_cores(layer, target, mpo, plan, C, B, damping)
 
 
 def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> MPO:
@@ -69,9 +87,16 @@ def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None,
     return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=damping)
 
 
+def matrix_of(layer: nn.Module) -> Tensor:
+    """Returns the (O, I) matrix of a layer that `fit_matrix` gave."""
+    if isinstance(layer, MPOLinear | PackedLinear):
+        return layer.to_matrix()
+    return weight(layer)
+
+
 def plain_form(layer: nn.Module) -> nn.Linear:
     """Returns the layer as one dense matrix, for passing many tokens."""
-    if isinstance(layer, MPOLinear):
+    if isinstance(layer, MPOLinear | PackedLinear):
         return layer.materialise()
     assert isinstance(layer, nn.Linear)
     return layer
@@ -83,7 +108,3 @@ def dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False))
     return layer
-
-
-def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    return dense_layer(weight.to(dtype).to(torch.float32), None if bias is None else bias.to(dtype).to(torch.float32))

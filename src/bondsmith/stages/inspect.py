@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import nn
+from transformers import AutoConfig
 
-from bondsmith.model.source import ModelError
+from bondsmith.model.blocks import shape
+from bondsmith.model.source import ModelError, skeleton
+from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.wording import count, size
+from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
 
 
@@ -33,23 +38,42 @@ def read_networks(directory: Path) -> tuple[list[dict[str, Any]], str]:
     if quantization.get("quant_method") != "bondsmith":
         raise ModelError(f"{directory} is not a compressed model: its config.json names no networks of bondsmith")
     itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}.get(str(settings.get("dtype")), 4)
-    return [_row(name, network, itemsize) for name, network in quantization["networks"].items()], ""
+    return [_row(m, itemsize) for m in _matrices(directory, quantization)], ""
 
 
-def _row(name: str, network: dict[str, Any], itemsize: int) -> dict[str, Any]:
-    sites = Sites(tuple(o for o, _ in network["sites"]), tuple(i for _, i in network["sites"]))
-    bonds, gauge = tuple(network["bonds"]), bool(network["gauge"])
-    parameters = sites.parameters(bonds, gauge)
+def _matrices(directory: Path, quantization: dict[str, Any]) -> list[MatrixPlan]:
+    """Returns what became of every matrix, from the entries of config.json."""
+    networks, packed = quantization["networks"], dict(quantization.get("packed") or {})
+    found = []
+    for name, network in networks.items():
+        sites = Sites(tuple(o for o, _ in network["sites"]), tuple(i for _, i in network["sites"]))
+        grids = [packed.pop(f"{name}.cores.{k}", None) for k in range(sites.n)]
+        grid = next((Grid(**g) for g in grids if g), None)
+        bonds, gauge = tuple(network["bonds"]), bool(network["gauge"])
+        found.append(MatrixPlan(name, -1, sites.out_features, sites.in_features, sites, bonds, gauge, grid))
+    if packed:
+        config = AutoConfig.from_pretrained(directory)
+        del config.quantization_config
+        model = skeleton(config)
+        for name, grid in packed.items():
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Embedding):
+                found.append(MatrixPlan(name, -1, *shape(module), grid=Grid(**grid)))
+    return found
+
+
+def _row(matrix: MatrixPlan, itemsize: int) -> dict[str, Any]:
     return {
-        "name": name,
-        "shape": [sites.out_features, sites.in_features],
-        "sites": str(sites),
-        "bonds": list(bonds),
-        "gauge": gauge,
-        "parameters": parameters,
-        "bytes": parameters * itemsize + (4 * sites.out_features if gauge else 0),
-        "multiply_adds": sites.multiply_adds(bonds, gauge),
-        "dense_parameters": sites.out_features * sites.in_features,
+        "name": matrix.name,
+        "shape": [matrix.out_features, matrix.in_features],
+        "sites": None if matrix.sites is None else str(matrix.sites),
+        "bonds": list(matrix.bonds),
+        "gauge": matrix.gauge,
+        "grid": None if matrix.grid is None else str(matrix.grid),
+        "parameters": matrix.parameters,
+        "bytes": matrix.tensor_bytes(itemsize),
+        "multiply_adds": matrix.multiply_adds,
+        "dense_parameters": matrix.dense_parameters,
         "error": None,
     }
 
@@ -57,13 +81,14 @@ def _row(name: str, network: dict[str, Any], itemsize: int) -> dict[str, Any]:
 def network_table(networks: Sequence[dict[str, Any]], metric: str) -> list[Table]:
     """Returns the table of all networks and one of the totals."""
     head = f"error ({metric})" if metric else "error"
-    table = Table("matrix", "shape", "sites", "bonds", "parameters", "kept", "bytes", "multiply-adds", head)
+    table = Table("matrix", "shape", "sites", "bonds", "bits", "parameters", "kept", "bytes", "multiply-adds", head)
     for n in networks:
         table.add_row(
             n["name"],
             "×".join(map(str, n["shape"])),
             (n["sites"] or "dense") + (" gauge" if n["gauge"] else ""),
             ",".join(map(str, n["bonds"])),
+            n.get("grid") or "",
             count(n["parameters"]),
             f"{n['parameters'] / n['dense_parameters']:.3f}",
             size(n["bytes"]),

@@ -77,12 +77,16 @@ class MatrixPlan:
 
     def bytes(self, itemsize: int) -> int:
         """Bytes in the weight file at `itemsize` bytes a number that is not rounded: numbers, scales, orders of rows, headers."""
-        shapes = self.stored_shapes()
-        pivots = self.rows * PIVOT_BYTES + HEADER_BYTES if self.gauge else 0
+        tensors = 1 if self.grid is None else 2 if self.grid.symmetric else 3
+        headers = len(self.stored_shapes()) * tensors + (1 if self.gauge else 0)
+        return self.tensor_bytes(itemsize) + headers * HEADER_BYTES
+
+    def tensor_bytes(self, itemsize: int) -> int:
+        """The same without headers."""
+        pivots = self.rows * PIVOT_BYTES if self.gauge else 0
         if self.grid is None:
-            return self.parameters * itemsize + len(shapes) * HEADER_BYTES + pivots
-        tensors = 2 if self.grid.symmetric else 3
-        return sum(self.grid.packed_bytes(*s) for s in shapes) + len(shapes) * tensors * HEADER_BYTES + pivots
+            return self.parameters * itemsize + pivots
+        return sum(self.grid.packed_bytes(*shape) for shape in self.stored_shapes()) + pivots
 
     def stored_shapes(self) -> list[tuple[int, int]]:
         """Returns the (rows, columns) of every stored matrix: of the dense one, or of the cores as linear layers."""
@@ -203,6 +207,16 @@ class Plan:
     def drops_channels(self) -> bool:
         """True where some MLP loses hidden channels."""
         return any(m.kept_columns is not None for m in self.matrices)
+
+    def packed(self) -> dict[str, dict[str, Any]]:
+        """Returns module name -> grid of everything that is rounded: dense matrices, cores that hold numbers, embedding and head."""
+        return {
+            m.name if m.sites is None else f"{m.name}.cores.{k}": dict(m.grid.to_json())
+            for m in (*self.tables, *self.matrices)
+            if m.grid is not None
+            for k, (rows, columns) in enumerate(m.stored_shapes())
+            if rows * columns
+        }
 
     def block(self, index: int) -> list[MatrixPlan]:
         """Returns the matrices of one block."""

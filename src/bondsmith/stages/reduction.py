@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from bondsmith.model.blocks import HiddenBond, shape, weight
 from bondsmith.model.source import ModelError
+from bondsmith.stages.fast_profile import channel_counts
 from bondsmith.stages.fitting import dense_layer
 from bondsmith.stages.moments import load_hidden_bonds, load_input_moments
 from bondsmith.stages.plan import MatrixPlan, Plan
-from bondsmith.stages.profile import channel_counts
 from bondsmith.tensor.channels import Channels, eliminate_channels
 from bondsmith.tensor.metric import energy
 

@@ -25,7 +25,7 @@ from bondsmith.tensor.metric import damped
 from bondsmith.tensor.rounding import LARGEST_SCALE, Grid, Rounded, as_half, find_scale
 
 DAMPING = 1e-2  # of the mean diagonal: the usual one of GPTQ
-SWEEPS = 3
+SWEEPS = 2
 _BLOCK = 128
 _FIT_NUMBERS = 2**25  # of an intermediate in the fit of scales: rows are taken in chunks
 
@@ -90,32 +90,35 @@ def _first_pass(W: Tensor, grid: Grid, U: Tensor) -> Rounded:
     weights = 1 / U.diagonal().square()
     slices = grid.slices(columns)
     starts = {group.start: group for group in slices}
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     scales: list[Tensor] = []
     minima: list[Tensor] = []
     for first, last in _blocks(slices):
-        part = W[:, first:last]  # a view: columns of the block are kept up to date one by one, the others at its end
-        errors = torch.empty(rows, last - first, device=W.device)
+        block = W[:, first:last].T.contiguous()  # columns as rows: each is read and written in one piece
+        errors = torch.empty_like(block)
         for k in range(last - first):
             j = first + k
             if j in starts:
                 group = starts[j]
-                scale, minimum = find_scale(W[:, group], grid, weights[group])
+                inside = (
+                    group.stop <= last
+                )  # the columns of a group that reaches beyond the block have all had their due
+                part = block[k : k + group.stop - group.start].T if inside else W[:, group]
+                scale, minimum = find_scale(part.contiguous(), grid, weights[group])
                 scales.append(scale)
                 minima.append(minimum)
                 inverse = torch.where(scale == 0, 0.0, 1 / scale)
-            column = part[:, k]
+            column = block[k]
             code = grid.nearest((column if grid.symmetric else column - minimum) * inverse)
-            codes[:, j] = code.to(torch.uint8)
-            value = grid.levels(code, torch.float32) * scale
+            codes[j] = code.to(torch.uint8)
+            value = grid.levels(code) * scale
             if not grid.symmetric:
-                value = value + minimum
-            errors[:, k] = (column - value) / U[j, j]
-            part[:, k + 1 :].addr_(errors[:, k], U[j, j + 1 : last], alpha=-1)
-        W[:, last:].addmm_(errors, U[first:last, last:], alpha=-1)
-    return Rounded(
-        grid, codes, as_half(torch.stack(scales, 1)), None if grid.symmetric else as_half(torch.stack(minima, 1))
-    )
+                value += minimum
+            torch.sub(column, value, out=errors[k]).div_(U[j, j])
+            block[k + 1 :].addr_(U[j, j + 1 : last], errors[k], alpha=-1)
+        W[:, last:].addmm_(errors.T, U[first:last, last:], alpha=-1)
+    half = as_half(torch.stack(scales, 1)), None if grid.symmetric else as_half(torch.stack(minima, 1))
+    return Rounded(grid, codes.T.contiguous(), *half)
 
 
 def _blocks(slices: list[slice]) -> list[tuple[int, int]]:
@@ -185,27 +188,27 @@ def _solve(gram: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
 
 def _move_codes(W: Tensor, rounded: Rounded, C: Tensor) -> Rounded:
     """Every code at its best value with the others fixed, once, from the first column to the last."""
-    grid, codes = rounded.grid, rounded.codes.clone()
+    grid, columns = rounded.grid, W.shape[1]
     Q = rounded.dequantize()
     slope = (W - Q) @ C
-    slices = grid.slices(W.shape[1])
+    codes, Q = rounded.codes.T.contiguous(), Q.T.contiguous()
+    slices = grid.slices(columns)
     group_of = [k for k, group in enumerate(slices) for _ in range(group.start, group.stop)]
-    scales = rounded.scales.float()
-    minima = torch.zeros_like(scales) if rounded.minima is None else rounded.minima.float()
+    scales = rounded.scales.float().T.contiguous()
+    minima = torch.zeros_like(scales) if rounded.minima is None else rounded.minima.float().T.contiguous()
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
     diagonal = C.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
-    for first in range(0, W.shape[1], _BLOCK):
-        last = min(first + _BLOCK, W.shape[1])
-        moved = torch.empty(len(W), last - first, device=W.device)
-        local = slope[:, first:last]
+    for first in range(0, columns, _BLOCK):
+        last = min(first + _BLOCK, columns)
+        local = slope[:, first:last].T.contiguous()
+        moved = torch.empty_like(local)
         for k in range(last - first):
-            j = first + k
-            group = group_of[j]
-            ideal = Q[:, j] + local[:, k] / diagonal[j]
-            code = grid.nearest((ideal - minima[:, group]) * inverse[:, group])
-            codes[:, j] = code.to(torch.uint8)
-            value = grid.levels(code, torch.float32) * scales[:, group] + minima[:, group]
-            moved[:, k] = value - Q[:, j]
-            local[:, k + 1 :].addr_(moved[:, k], C[j, j + 1 : last], alpha=-1)
-        slope[:, last:].addmm_(moved, C[first:last, last:], alpha=-1)
-    return replace(rounded, codes=codes)
+            j, group = first + k, group_of[first + k]
+            ideal = torch.addcdiv(Q[j], local[k], diagonal[j])
+            code = grid.nearest(ideal.sub_(minima[group]).mul_(inverse[group]))
+            codes[j] = code.to(torch.uint8)
+            value = torch.addcmul(minima[group], grid.levels(code), scales[group])
+            torch.sub(value, Q[j], out=moved[k])
+            local[k + 1 :].addr_(C[j, j + 1 : last], moved[k], alpha=-1)
+        slope[:, last:].addmm_(moved.T, C[first:last, last:], alpha=-1)
+    return replace(rounded, codes=codes.T.contiguous())

@@ -145,6 +145,11 @@ class Rounded:
         """The `(O, I)` matrix; exactly what a packed layer multiplies by in this dtype."""
         return scaled(self.grid, self.grid.levels(self.codes), self.scales, self.minima).to(dtype)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What a weight file holds of it, by the names that the packed modules give."""
+        minima = {} if self.minima is None else {"minima": self.minima}
+        return {"codes": self.pack(), "scales": self.scales} | minima
+
     def pack(self) -> Tensor:
         """The codes as packed bytes, `(O, bytes)`."""
         return pack(self.codes, self.grid.bits)

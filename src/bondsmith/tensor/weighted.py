@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.fit import check_sites, sequential_svd, whitened_cut
+from bondsmith.tensor.fit import check_sites, clip_bonds, sequential_svd, whitened_cut
 from bondsmith.tensor.metric import DAMPING, Root, damped, moment_root, relative_error
 from bondsmith.tensor.mpo import MPO, fold
 from bondsmith.tensor.sites import Sites
@@ -75,7 +75,7 @@ def fit_mpo(
     """
     check_matrix(weight)
     check_sites(weight, sites)
-    bonds = sites.clip(bonds)
+    bonds = clip_bonds(sites, bonds)
     if sites.is_matrix_cut:
         mpo = whitened_cut(weight, bonds[0], input_moment=input_moment, output_moment=output_moment, damping=damping)
         error = relative_error(weight, mpo.to_matrix(), input_moment, output_moment)
@@ -92,6 +92,28 @@ def fit_mpo(
     mpo = problem.unwhiten(cores).to(dtype=weight.dtype)
     error = relative_error(weight, mpo.to_matrix(), input_moment, output_moment)
     return Fit(mpo, error, tuple(history), converged or sites.n == 1)
+
+
+def fit_cores(
+    weight: Tensor,
+    cores: Sequence[Tensor],
+    which: Sequence[int],
+    *,
+    input_moment: Tensor | None = None,
+    output_moment: Tensor | None = None,
+    damping: float = DAMPING,
+    sweeps: int = 3,
+    solver_steps: int = 12,
+) -> list[Tensor]:
+    """The cores of a network with those in `which` fitted anew to `weight` in the metric, one after another; the others stay."""
+    sites = MPO(tuple(cores)).sites
+    problem = _Problem.whiten(weight, sites, input_moment, output_moment, damping)
+    found = problem.whiten_cores(cores)
+    for _ in range(sweeps if len(which) > 1 else 1):
+        for k in which:
+            found[k] = problem.solve(found, k, solver_steps if len(which) > 1 else 4 * solver_steps)
+    plain = problem.unwhiten(found).cores
+    return [plain[k].to(core.dtype) if k in which else core for k, core in enumerate(cores)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +169,15 @@ class _Problem:
             last_size, size = size, float(residual.square().sum())
             direction = residual + (size / last_size) * direction
         return core
+
+    def whiten_cores(self, cores: Sequence[Tensor]) -> list[Tensor]:
+        """Cores of the weight itself in leg-whitened coordinates."""
+        found = [core.to(torch.float64) for core in cores]
+        if self.out_roots is not None:
+            found = [torch.einsum("aoib,op->apib", c, r.root) for c, r in zip(found, self.out_roots, strict=True)]
+        if self.in_roots is not None:
+            found = [torch.einsum("aoib,ij->aojb", c, r.root) for c, r in zip(found, self.in_roots, strict=True)]
+        return [core.to(self.target.dtype) for core in found]
 
     def unwhiten(self, cores: Sequence[Tensor]) -> MPO:
         """The network of the weight itself."""

@@ -1,0 +1,389 @@
+"""Rounding to few bits, ours against others at matched bytes, in one run: bytes, KL, perplexity, resident memory, prefill and decode.
+
+    python benchmarks/bits.py MODEL --calibration FILE ... --evaluate FILE ... [--bits 8 4 3 2] [--speed] [--json FILE]
+
+MODEL is a directory or a hub id of a model with full-precision weights. Every matrix of the blocks, the embedding and the head are
+rounded; bytes count all of them, scales included, everything else at two bytes. The rivals: rounding to nearest as it comes, with
+searched scales, HQQ and bitsandbytes from their packages (left out, with a line, where not installed), GPTQ as published. "ours" adds
+fitted scales and moved codes; with `--depth` also inside the depth-order pass of `bondsmith compress`, where later blocks make up for
+earlier ones. A model whose weights lie on a four-bit grid already (a GGUF file) says little about four bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import bondsmith
+from bondsmith.data import read_windows
+from bondsmith.model.blocks import BlockRunner, capture_inputs, find_blocks, matrices, trace_groups, weight
+from bondsmith.model.hub import BondsmithConfig, attach, pack_embedding, packed_section
+from bondsmith.nn.packed import PackedEmbedding, PackedLinear, PackedMatrix
+from bondsmith.stages.moments import Moment, stream_weights
+from bondsmith.stages.speed import _decode, time_prefill
+from bondsmith.tensor.gptq import gptq
+from bondsmith.tensor.rounding import Grid, round_to_nearest
+
+Round = Callable[[Tensor, Tensor | None], tuple[Tensor, int]]
+
+
+def ours(grid: Grid, sweeps: int = 2) -> Round:
+    def run(W: Tensor, C: Tensor | None) -> tuple[Tensor, int]:
+        rounded = gptq(W, grid, C, sweeps=sweeps) if C is not None else round_to_nearest(W, grid)
+        return rounded.dequantize(), rounded.bytes
+
+    return run
+
+
+def nearest(grid: Grid, search: bool) -> Round:
+    def run(W: Tensor, C: Tensor | None) -> tuple[Tensor, int]:
+        rounded = round_to_nearest(W, grid, search=search)
+        return rounded.dequantize(), rounded.bytes
+
+    return run
+
+
+def hqq(bits: int, group: int) -> Round:
+    from hqq.core.quantize import Quantizer
+
+    def run(W: Tensor, C: Tensor | None) -> tuple[Tensor, int]:
+        options = {"nbits": bits, "channel_wise": True, "group_size": group, "optimize": True, "round_zero": bits == 4}
+        codes, meta = Quantizer.quantize(W, axis=1, device="cpu", compute_dtype=torch.float32, **options)
+        return Quantizer.dequantize(codes, meta).float(), Grid(bits, group, symmetric=False).packed_bytes(*W.shape)
+
+    return run
+
+
+def nf4(block: int) -> Round:
+    import bitsandbytes.functional as F  # noqa: N812
+
+    def run(W: Tensor, C: Tensor | None) -> tuple[Tensor, int]:
+        codes, state = F.quantize_4bit(W, quant_type="nf4", blocksize=block)
+        return F.dequantize_4bit(codes, state), codes.numel() + 4 * state.absmax.numel()
+
+    return run
+
+
+def rowwise_int8(W: Tensor, C: Tensor | None) -> tuple[Tensor, int]:
+    """LLM.int8() keeps a float32 scale a row, of the largest entry."""
+    scale = W.abs().amax(1, keepdim=True) / 127
+    return (W / scale).round() * scale, W.numel() + 4 * len(W)
+
+
+def methods(bits: int, group: int) -> dict[str, Callable[[], Round]]:
+    """Returns what is compared at a width, all of the same bytes or nearly."""
+    if bits == 8:
+        grid = Grid(8, 0)
+        return {
+            "round to nearest": lambda: nearest(grid, False),
+            "bitsandbytes int8": lambda: rowwise_int8,
+            "ours": lambda: ours(grid),
+        }
+    grid = Grid(bits, group, symmetric=False)
+    found = {
+        "round to nearest": lambda: nearest(grid, False),
+        "searched scales": lambda: nearest(grid, True),
+        "HQQ": lambda: hqq(bits, group),
+        "GPTQ": lambda: ours(grid, 0),
+        "ours": lambda: ours(grid),
+    }
+    return found | (
+        {"bitsandbytes NF4": lambda: nf4(group), "ours, NF4": lambda: ours(Grid(4, group, codebook="nf4"))}
+        if bits == 4
+        else {}
+    )
+
+
+@torch.no_grad()
+def input_moments(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Returns the moment of the input of every block matrix, and of the head."""
+    runner, found = BlockRunner(model), {}
+    hidden = [runner.enter(row[None]) for row in ids]
+    for k, block in enumerate(runner.blocks):
+        groups = trace_groups(block, lambda k=k: runner.block(k, ids[:1], hidden[0]))
+        moments = [Moment(g.in_features) for g in groups]
+        for i, row in enumerate(ids):
+            with capture_inputs(block, groups) as seen:
+                out = runner.block(k, row[None], hidden[i])
+            for position, rows in seen.items():
+                moments[position].add(rows, stream_weights(groups[position], hidden[i], out))
+            hidden[i] = out
+        for group, moment in zip(groups, moments, strict=True):
+            C = moment.mean(group.names[0])
+            found |= {f"{runner.path}.{k}.{name}": C for name in group.names}
+    head, seen_by_head = Moment(hidden[0].shape[-1]), []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen_by_head.append(args[0]))
+    for i in range(len(ids)):
+        runner.logits(ids[i : i + 1, :1], hidden[i][:, -64:])
+        head.add(seen_by_head.pop().flatten(0, 1))
+    handle.remove()
+    return found | {"head": head.mean("head")}
+
+
+class Judge:
+    """Compares a model with the original on texts; the original's last hidden states are kept."""
+
+    def __init__(self, model: PreTrainedModel, texts: dict[str, Tensor]):
+        self.texts, self.head = texts, copy.deepcopy(model.get_output_embeddings())
+        self.states = {name: [self._state(model, row) for row in ids] for name, ids in texts.items()}
+        self.own = {name: self._score(model, name)["perplexity"] for name in texts}
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+        return {name: self._score(model, name) for name in self.texts}
+
+    @torch.no_grad()
+    def _state(self, model: PreTrainedModel, row: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(input_ids=row[None], use_cache=False)
+        handle.remove()
+        return seen[0][0]
+
+    @torch.no_grad()
+    def _score(self, model: PreTrainedModel, name: str) -> dict[str, float]:
+        divergences, losses, same = [], [], []
+        for row, state in zip(self.texts[name], self.states[name], strict=True):
+            p = self.head(state)[:-1].float().log_softmax(-1)
+            q = model(input_ids=row[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            divergences.append((p.exp() * (p - q)).sum(-1).mean().item())
+            losses.append(-q.gather(1, row[1:, None]).mean().item())
+            same.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+        n = len(divergences)
+        error = torch.tensor(divergences).std().item() / math.sqrt(n) if n > 1 else math.nan
+        return {
+            "kl": sum(divergences) / n,
+            "kl_stderr": error,
+            "perplexity": math.exp(sum(losses) / n),
+            "top1": sum(same) / n,
+        }
+
+
+@torch.no_grad()
+def rounded_model(model: PreTrainedModel, moments: dict[str, Tensor], method: Round) -> tuple[PreTrainedModel, int]:
+    """Returns a copy with all matrices, embedding and head rounded, and the bytes of the whole file."""
+    other = copy.deepcopy(model)
+    path, total, done = find_blocks(other), 0, set()
+    for name, matrix in [(n, m) for n, m in matrices(other).items() if n.startswith(path + ".")]:
+        Q, size = method(weight(matrix).clone(), moments.get(name))
+        weight(matrix).copy_(Q)
+        total, done = total + size, done | {id(matrix.weight)}
+    for module in (other.get_input_embeddings(), other.get_output_embeddings()):
+        if id(module.weight) not in done:
+            Q, size = method(module.weight.clone(), moments["head"])
+            module.weight.copy_(Q)
+            total, done = total + size, done | {id(module.weight)}
+    rest = sum(p.numel() for p in other.parameters() if id(p) not in done)
+    return other, total + 2 * rest
+
+
+def packed_model(model: PreTrainedModel, grid: Grid) -> PreTrainedModel:
+    """Returns a bfloat16 copy whose matrices, embedding and head are packed."""
+    other = copy.deepcopy(model)
+    path = find_blocks(other)
+    for name, matrix in [(n, m) for n, m in matrices(other).items() if n.startswith(path + ".")]:
+        rounded = round_to_nearest(weight(matrix).detach(), grid, search=False)
+        other.set_submodule(name, PackedLinear.from_rounded(rounded, getattr(matrix, "bias", None)))
+    for module in (other.get_input_embeddings(), other.get_output_embeddings()):
+        name = next((n for n, m in other.named_modules() if m is module), None)
+        if name is None or isinstance(other.get_submodule(name), PackedMatrix) or not hasattr(module, "weight"):
+            continue
+        rounded = round_to_nearest(module.weight.detach(), grid, search=False)
+        if isinstance(module, nn.Embedding):
+            packed = PackedEmbedding(module, grid)
+            packed.put(rounded)
+            pack_embedding(other, name, packed)
+        elif any(m is module for m in other.modules()):
+            other.set_submodule(name, PackedLinear.from_rounded(rounded, getattr(module, "bias", None)))
+    attach(other, BondsmithConfig(packed=packed_section(other)))
+    return other.to(torch.bfloat16)
+
+
+def speeds(model: PreTrainedModel, grids: dict[str, Grid], folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Returns file bytes, resident bytes and speeds of the model in bfloat16 and packed, timed in alternation."""
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    low.save_pretrained(folder / "bfloat16")
+    made = {"bfloat16": AutoModelForCausalLM.from_pretrained(folder / "bfloat16", dtype=torch.bfloat16)}
+    del low
+    for name, grid in grids.items():
+        packed_model(model, grid).save_pretrained(folder / name)
+        made[name] = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
+    gc.collect()
+    ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
+    times: dict[str, dict[str, float]] = {name: {"prefill": math.inf, "decode": math.inf} for name in made}
+    with torch.no_grad():
+        for other in made.values():
+            _decode(other, ids[:, :16], 2)
+        for _ in range(rounds):
+            for name, other in made.items():
+                times[name]["prefill"] = min(times[name]["prefill"], time_prefill(other, ids))
+                times[name]["decode"] = min(times[name]["decode"], _decode(other, ids[:, :64], 16))
+    rows = []
+    for name, other in made.items():
+        tensors = {t.data_ptr(): t.nbytes for t in (*other.parameters(), *other.buffers()) if t.numel()}
+        row = {"model": name, "file": sum(f.stat().st_size for f in (folder / name).glob("*.safetensors"))}
+        row |= {
+            "resident": sum(tensors.values()),
+            "prefill": 256 / times[name]["prefill"],
+            "decode": 16 / times[name]["decode"],
+        }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--evaluate", nargs="+", required=True)
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2])
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens")
+    parser.add_argument("--windows", type=int, default=4, help="evaluation windows per text")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--moments", type=Path, help="keep the input moments in this file, or read them from it")
+    parser.add_argument("--depth", action="store_true", help="also through bondsmith compress, blocks in depth order")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    rows: list[dict[str, Any]] = []
+    if options.bits:
+        compare(model, tokenizer, options, rows)
+    if options.speed:
+        grids = {
+            "int8": Grid(8, 0),
+            "int4": Grid(4, options.group),
+            "int3": Grid(3, options.group),
+            "int2": Grid(2, options.group),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            table = Table("model", "file MB", "resident MB", "prefill, tokens/s", "decode, tokens/s")
+            for row in speeds(model, grids, Path(folder), options.rounds):
+                cells = (
+                    f"{row['file'] / 1e6:.1f}",
+                    f"{row['resident'] / 1e6:.1f}",
+                    f"{row['prefill']:.0f}",
+                    f"{row['decode']:.1f}",
+                )
+                table.add_row(row["model"], *cells)
+            Console(width=120).print(table)
+
+
+def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    share = {"window": options.window, "seed": 0}
+    count = options.tokens // options.window // len(options.calibration)
+    ids = torch.cat([read_windows(s, tokenizer, count=count, **share).ids for s in options.calibration])
+    texts = {
+        Path(s).name.split(".")[0]: read_windows(s, tokenizer, count=options.windows, window=options.window, seed=1).ids
+        for s in options.evaluate
+    }
+    start = time.perf_counter()
+    if options.moments and options.moments.is_file():
+        moments = torch.load(options.moments)
+    else:
+        moments = input_moments(model, ids)
+        if options.moments:
+            torch.save(moments, options.moments)
+    print(f"moments of {ids.numel()} tokens: {time.perf_counter() - start:.0f} s", flush=True)
+    judge = Judge(model, texts)
+    print("original", {name: round(value, 2) for name, value in judge.own.items()}, flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    for bits in options.bits:
+        for name, make in methods(bits, options.group).items():
+            if options.methods and name not in options.methods:
+                continue
+            try:
+                method = make()
+            except ImportError as error:
+                print(f"{name}: left out, {error}", flush=True)
+                continue
+            start = time.perf_counter()
+            other, size = rounded_model(model, moments, method)
+            seconds = time.perf_counter() - start
+            keep(
+                rows, options, {"bits": bits, "method": name, "bytes": size, "seconds": seconds, "texts": judge(other)}
+            )
+            del other
+        if options.depth:
+            keep(rows, options, depth_order(options, bits, judge))
+    show(rows, judge.own, parameters)
+
+
+def depth_order(options: argparse.Namespace, bits: int, judge: Judge) -> dict[str, Any]:
+    """Returns the row of `bondsmith compress` with every matrix, embedding and head rounded to one grid."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"keep": 1.0, "uniform": True, "bits": bits, "group": options.group, "tokens": options.tokens}
+        start = time.perf_counter()
+        done = bondsmith.compress(
+            options.model,
+            Path(folder) / "out",
+            calibration=options.calibration,
+            window=options.window,
+            evaluate=False,
+            dtype="bfloat16",
+            metric="loss",
+            **settings,
+        )
+        seconds = time.perf_counter() - start
+        size = sum(f.stat().st_size for f in done.path.glob("bondsmith-*.safetensors"))
+        scores = judge(done.load(dtype=torch.float32))
+    return {"bits": bits, "method": "ours, in depth order", "bytes": size, "seconds": seconds, "texts": scores}
+
+
+def keep(rows: list[dict[str, Any]], options: argparse.Namespace, row: dict[str, Any]) -> None:
+    rows.append(row)
+    kl = {name: f"{t['kl']:.4f} ± {t['kl_stderr']:.4f}" for name, t in row["texts"].items()}
+    print(row["bits"], row["method"], f"{row['bytes'] / 1e6:.2f} MB", f"{row['seconds']:.0f} s", kl, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def show(rows: list[dict[str, Any]], own: dict[str, float], parameters: int) -> None:
+    texts = list(own)
+    table = Table(
+        "bits",
+        "method",
+        "MB",
+        "of fp32",
+        *(f"{t}: KL" for t in texts),
+        *(f"ppl ({own[t]:.2f})" for t in texts),
+        "top-1",
+        "s",
+    )
+    for row in rows:
+        found = row["texts"]
+        cells = [f"{found[t]['kl']:.4f} ± {found[t]['kl_stderr']:.4f}" for t in texts]
+        cells += [f"{found[t]['perplexity']:.2f}" for t in texts]
+        top = sum(t["top1"] for t in found.values()) / len(found)
+        share = row["bytes"] / 4 / parameters
+        table.add_row(
+            str(row["bits"]),
+            row["method"],
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{share:.4f}",
+            *cells,
+            f"{top:.3f}",
+            f"{row['seconds']:.0f}",
+        )
+    Console(width=170).print(table)
+
+
+if __name__ == "__main__":
+    main()

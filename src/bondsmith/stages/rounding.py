@@ -1,0 +1,86 @@
+"""Round what a plan rounds: dense matrices, the cores of networks, embedding and head, each in the metric of what it is used for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bondsmith.model.source import ModelError, fill
+from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedEmbedding, PackedLinear
+from bondsmith.stages.moments import table_moment
+from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.tensor.gptq import gptq
+from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.rounded import round_network
+from bondsmith.tensor.rounding import Rounded, round_to_nearest
+
+
+def rounded_dense(target: Tensor, plan: MatrixPlan, C: Tensor | None, bias: Tensor | None) -> PackedLinear:
+    """Returns the packed layer of a matrix that stays dense; without a moment `C` it is rounded to nearest."""
+    assert plan.grid is not None
+    rounded = round_to_nearest(target, plan.grid) if C is None else gptq(target, plan.grid, C)
+    return PackedLinear.from_rounded(rounded, bias)
+
+
+def round_cores(
+    layer: MPOLinear, target: Tensor, mpo: MPO, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float
+) -> MPOLinear:
+    """Puts packed cores into the layer of a network `mpo` that stands for `target`; returns the layer."""
+    assert plan.grid is not None
+    network = round_network(target, mpo, plan.grid, input_moment=C, output_moment=B, gauge=plan.gauge, damping=damping)
+    layer.pivots = None if network.pivots is None else network.pivots.to(torch.int32)
+    for k, rounded in enumerate(network.weights):
+        if rounded is not None:
+            layer.cores[k] = PackedLinear.from_rounded(rounded)
+    return layer
+
+
+def rounded_tables(plan: Plan, tensors: dict[str, Tensor], moments: Path | None) -> dict[str, Tensor]:
+    """Takes the weights of embedding and head that a plan rounds out of `tensors`; returns what a weight file holds of them instead.
+
+    Args:
+        moments: directory of the gradients stage: what the head reads, and the loss gradient at the embedding's output.
+    """
+    found: dict[str, Tensor] = {}
+    for table in plan.tables:
+        if table.grid is not None:
+            rounded = round_table(tensors.pop(f"{table.name}.weight"), table, moments, tied=len(plan.tables) == 1)
+            found |= {f"{table.name}.{leaf}": t for leaf, t in rounded.tensors().items()}
+    return found
+
+
+def round_table(weight: Tensor, table: MatrixPlan, moments: Path | None, *, tied: bool) -> Rounded:
+    """Returns an embedding or head, (vocabulary, width), rounded; `tied`: it is both at once."""
+    assert table.grid is not None
+    metric = table_moment(moments, table.name, tied) if moments is not None else None
+    try:
+        return round_to_nearest(weight, table.grid) if metric is None else gptq(weight, table.grid, metric)
+    except ValueError as error:
+        raise ModelError(f"{table.name}: {error}") from error
+
+
+@contextmanager
+def rounded_embedding(model: PreTrainedModel, plan: Plan, shard: Path, device: torch.device) -> Iterator[None]:
+    """The embedding as it was saved in `shard` stands in the model meanwhile, where it is rounded: later blocks see its error."""
+    plain = model.get_input_embeddings()
+    name = next(n for n, m in model.named_modules() if m is plain)
+    table = next((t for t in plan.tables if t.name == name and t.grid is not None), None)
+    if table is None:
+        yield
+        return
+    assert table.grid is not None
+    packed = PackedEmbedding(plain, table.grid, dtype=torch.float32)
+    stored = load_file(shard)
+    fill(packed, {leaf: stored[f"{name}.{leaf}"] for leaf in packed.state_dict()}, device)
+    try:
+        model.set_submodule(name, packed)
+        yield
+    finally:
+        model.set_submodule(name, plain)

@@ -1,0 +1,126 @@
+"""Rounding inside the depth-order pass: files, sizes, errors, the embedding, and what `inspect` says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny
+from safetensors.torch import load_file
+
+import bondsmith
+from bondsmith.model.checkpoint import open_compressed
+from bondsmith.model.source import ModelError
+from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedMatrix
+from bondsmith.stages.plan import Plan
+from bondsmith.stages.quality import Streamed
+
+IDS = torch.arange(3, 27).view(2, 12)
+SETTINGS: dict[str, Any] = {"tokens": 1024, "window": 32, "evaluation_windows": 2, "evaluate": False, "uniform": True}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def compress(original: Path, text: Path, out: Path, **settings: Any) -> bondsmith.Compressed:
+    return bondsmith.compress(original, out, calibration=[str(text)], **(SETTINGS | settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep": 1.0, "bits": 8},
+        {"keep": 1.0, "bits": 4, "group": 16, "metric": "input"},
+        {"keep": 0.7, "bits": 4, "group": 16},
+        {"keep": 0.7, "bits": 3, "group": 16, "gauge": False, "propagate": False},
+        {"keep": 0.6, "bits": 8, "sites": "interleaved:2"},
+        {"keep": 0.7, "bits": 8, "metric": "frobenius"},
+        {"keep": 0.7, "bits": 4, "group": 16, "blockwise": 2},
+    ],
+    ids=str,
+)
+def test_rounded_models_load_bit_identical_and_as_large_as_planned(
+    settings: dict[str, Any], original: Path, text: Path, tmp_path: Path
+) -> None:
+    done = compress(original, text, tmp_path / "out", **settings)
+    model = done.load()
+    packed = [m for m in model.modules() if isinstance(m, PackedMatrix)]
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding)
+    assert isinstance(model.get_output_embeddings(), PackedHead)
+    networks = sum(isinstance(m, MPOLinear) for m in model.modules())
+    assert networks == (0 if settings["keep"] == 1.0 else 21)
+    assert len(packed) == 1 + (21 if not networks else 42)
+    stored = {n: t for f in done.path.glob("bondsmith-*.safetensors") for n, t in load_file(f).items()}
+    state = model.state_dict()
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[name], state[name]) for name in stored)
+    plan = Plan.load(done.path / "plan.json")
+    assert sum(t.nbytes for t in stored.values()) <= plan.bytes(4)
+    streamed = Streamed(open_compressed(done.path), torch.device("cpu"))
+    with torch.no_grad():
+        hidden = streamed.runner.enter(IDS)
+        for k in range(len(streamed.runner)):
+            hidden = streamed.pass_block(k, IDS, hidden)
+        assert torch.equal(streamed.runner.logits(IDS, hidden), logits(model))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(bondsmith.load(tmp_path / "again")), logits(model))
+
+
+def test_reported_errors_are_those_of_the_files(original: Path, text: Path, tmp_path: Path) -> None:
+    done = compress(original, text, tmp_path / "out", keep=0.7, bits=4, group=16, metric="frobenius")
+    plain, model = bondsmith.load(original), done.load()
+    for row in done.results["networks"]:
+        layer, W = model.get_submodule(row["name"]), plain.get_submodule(row["name"]).weight
+        assert isinstance(layer, MPOLinear)
+        assert row["error"] == pytest.approx(float((layer.to_matrix() - W).norm() / W.norm()), rel=1e-4)
+        assert row["bytes"] == sum(b.nbytes for b in layer.state_dict().values())
+        assert row["grid"] == "int4-g16-min"
+
+
+def test_later_blocks_see_the_rounded_embedding(original: Path, text: Path, tmp_path: Path) -> None:
+    """With error propagation the first block is fitted to what the packed embedding gives."""
+    moments = {}
+    for bits in (8, 2):
+        plan = compress(original, text, tmp_path / f"plan-{bits}", keep=1.0, bits=8).path / "plan.json"
+        content = json.loads(plan.read_text())
+        content["tables"][0]["grid"] = {"bits": bits, "group": 16, "symmetric": False, "codebook": "uniform"}
+        changed = tmp_path / f"{bits}.json"
+        changed.write_text(json.dumps(content))
+        settings = {k: v for k, v in SETTINGS.items() if k != "uniform"}
+        done = bondsmith.compress(
+            original, tmp_path / f"out-{bits}", calibration=[str(text)], plan=str(changed), **settings
+        )
+        moments[bits] = done.load().model.layers[0].self_attn.q_proj.to_matrix()
+    assert not torch.equal(moments[8], moments[2])
+
+
+def test_a_weight_too_large_for_a_scale_is_an_error_that_names_the_matrix(text: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e9
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj: an entry or scale of 1e\+09 is beyond float16"):
+        compress(tmp_path / "model", text, tmp_path / "out", keep=1.0, bits=4, metric="frobenius")
+
+
+def test_inspect_shows_bits(original: Path, text: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from bondsmith.stages.inspect import network_table, read_networks
+
+    done = compress(original, text, tmp_path / "out", keep=0.7, bits=4, group=16)
+    done.load().save_pretrained(tmp_path / "user")
+    for directory in (done.path, tmp_path / "user"):
+        rows, metric = read_networks(directory)
+        assert {r["grid"] for r in rows} == {"int4-g16-min"}
+        assert sum(r["bytes"] for r in rows) == sum(r["bytes"] for r in done.results["networks"])
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(*network_table(rows, metric))
+        assert "int4-g16-min" in capture.get()
