@@ -153,7 +153,7 @@ class _Run:
         """Runs what is not done yet; returns the section `healing` of the results."""
         log.info("bondsmith heal: %s", self.command)
         original = self.open_teacher()
-        tokenizer = load_tokenizer(self.source.path)
+        tokenizer = self.tokenizer(original)
         self.keep_fingerprint(original)
         samples = self.samples(tokenizer, original is not None)
         self.started = True
@@ -173,6 +173,15 @@ class _Run:
             self.record(healing, original if evaluate else None, samples)
         self.ranks.wait()
         return healing
+
+    def tokenizer(self, original: Source | None) -> Any:
+        """Returns the directory's tokenizer; the original's where it was written without one."""
+        try:
+            return load_tokenizer(self.source.path)
+        except ModelError:
+            if original is None:
+                raise
+            return load_tokenizer(original.path)
 
     def open_teacher(self) -> Source | None:
         """Returns the original, or None without one; ModelError where it is of another vocabulary."""

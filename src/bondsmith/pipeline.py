@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from bondsmith.data import DataError, Windows, check_spec
 from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json
 from bondsmith.model.hub import load
-from bondsmith.model.source import ModelError, Source, load_whole
+from bondsmith.model.source import ModelError, Source, file_digest, load_whole
+from bondsmith.planner import adopt, shared_settings
 from bondsmith.recipe import Recipe
 from bondsmith.run import Progress, Run, check_disk, check_memory, device_of
 from bondsmith.rundir import FINGERPRINT, RunError, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
+from bondsmith.stages.reduction import fused_copies
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def compress(
         DiskFullError: later; what is done is kept for `resume`.
     """
     recipe = recipe.changed(**settings) if recipe else Recipe.from_settings(settings)
+    if recipe.profile is not None:
+        recipe = recipe.changed(**shared_settings(Path(recipe.profile).expanduser()))
     out = Path(out).expanduser().absolute()
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
@@ -104,6 +108,9 @@ class _Compression(Run):
             source, runner, dtype, tokenizer = opened.source, opened.runner, opened.dtype, opened.tokenizer
             first = self.first_plan(opened)
             check_disk(self.directory, first, runner, self.recipe, dtype)
+            if self.recipe.profile is not None:
+                files = {str(f): file_digest(f) for f in source.files}
+                adopt(self.work, Path(self.recipe.profile).expanduser(), files)
             self.keep_fingerprint(source, evaluate)
         self.recipe.save(self.directory / "recipe.yaml")
         with self.stage("calibration text"):
@@ -136,7 +143,9 @@ class _Compression(Run):
             tokenizer.save_pretrained(self.directory)
         count = len(job.runner) + 1
         write_index(self.directory, [shard_name(i, count) for i in range(count)])
-        networks = {m.name: _network(m.to_json()) for m in job.plan.matrices if m.sites is not None}
+        networks = {m.name: m.network() for m in job.plan.matrices if m.network()}
+        for name, copies in fused_copies(job.plan, job.moments, job.runner.path).items():
+            networks[name]["copies"] = copies
         write_config(self.directory, job.source, networks, job.dtype, job.plan.packed())
 
     def describe(self, job: decompose.Job, calibration: list[Windows]) -> dict[str, Any]:
@@ -166,10 +175,6 @@ class _Compression(Run):
             models = load_whole(source, device), load(self.directory, dtype=torch.float32).to(device)
             rates = speed.compare_speed(*models, seed=self.recipe.seed, advance=lambda s: self.progress("speed", s))
         return {"quality": rows, "speed": rates}
-
-
-def _network(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in ("sites", "bonds", "gauge")}
 
 
 def _python_command(model: str | Path | PreTrainedModel, out: Path, recipe: Recipe) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bondsmith.data import SELF, Windows, check_spec, read_windows, sample_windows, split_windows
 from bondsmith.model.blocks import BlockRunner, matrices
 from bondsmith.model.source import (
+    ModelError,
     empty,
     fill,
     load_tokenizer,
@@ -362,6 +363,11 @@ class _Run:
         for name, members in groupby(points, key=lambda point: point[1].name):
             inside = name.removeprefix(prefix)
             matrix = self.runner.model.get_submodule(name)
+            if self.settings.metric != "frobenius" and inside not in C:
+                raise ModelError(
+                    f"{name}: no calibration token reached this matrix; calibrate on more or other text, or profile with "
+                    "--metric frobenius"
+                )
             for keep, plan in members:
                 ready.append((keep, plan, *cut(matrix, plan, C.get(inside), B.get(inside), self.settings.damping)))
             if self.whole:

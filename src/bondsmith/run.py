@@ -26,9 +26,10 @@ from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_who
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
 from bondsmith.stages import decompose, moments
-from bondsmith.stages.plan import MatrixPlan, Plan, uniform_plan
-from bondsmith.stages.planning import NO_TABLES, Tables, check_budget, planned
-from bondsmith.stages.profile import Profile, Seen, fast_profile, table_losses
+from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
+from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, uniform_plan
+from bondsmith.stages.planning import planned
+from bondsmith.stages.profile import Profile, TableProfile
 from bondsmith.stages.streams import Stream
 
 Progress = Callable[[str, float], None]
@@ -88,10 +89,15 @@ class Run:
         if self.recipe.plan is not None:
             plan = Plan.load(Path(self.recipe.plan).expanduser())
             plan.check(shapes, other)
+            if plan.drops_channels and not self.recipe.needs_moments:
+                raise PlanError(
+                    "plan: it drops hidden channels, which the frobenius metric cannot; use metric loss or input"
+                )
             return plan
         tables = opened.tables if self.recipe.rounds else ()
         if self.recipe.planned:
-            return check_budget(shapes, other, self.recipe, itemsize, Tables(tables, {}))
+            blank = tuple(TableProfile(t.name, t.out_features, t.in_features) for t in tables)
+            return planned(Profile.blank(shapes, other, itemsize, blank), self.recipe)
         return uniform_plan(shapes, other, self.recipe, itemsize, tables)
 
     def plan(self, opened: Opened, job: decompose.Job, first: Plan) -> Plan:
@@ -103,11 +109,8 @@ class Run:
         if not path.is_file():
             with self.stage("profile"):
                 profile = self.profile(opened, job)
-                tables = self.tables(opened, job) if self.recipe.rounds else NO_TABLES
             with self.stage("plan"):
-                found = planned(
-                    profile, opened.shapes, opened.other_parameters, self.recipe, opened.dtype.itemsize, tables
-                )
+                found = planned(profile, self.recipe)
             found.save(path)
         return Plan.load(path)
 
@@ -127,34 +130,35 @@ class Run:
             prefix, folder = f"{path}.{k}.", self.gradients_folder
             C = {prefix + n: t for n, t in moments.load_input_moments(folder, k).items()}
             found = moments.load_output_moments(folder, k) if metric == "loss" else {}
-            bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)] if self.recipe.channels else []
-            free = [b for b in bonds if not any(self.recipe.spares(n) for n in (*b.writers, b.reader))]
-            return Seen(C, {prefix + n: t for n, t in found.items()}, free)
+            bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)]
+            return Seen(C, {prefix + n: t for n, t in found.items()}, bonds)
 
-        profile = fast_profile(
+        curves, bonds = fast_profile(
             opened.shapes,
             lambda name: weight(opened.runner.model.get_submodule(name)),
             seen,
             metric=metric,
-            tokens=self.gradient_ids(job).numel() if metric != "frobenius" else 0,
             damping=self.recipe.damping,
-            group=self.recipe.group,
             advance=lambda share: self.progress("profile", share),
         )
         for other in range(len(opened.runner)):
             empty(opened.runner.blocks[other])
+        itemsize, other_parameters = opened.dtype.itemsize, opened.other_parameters
+        tokens = self.gradient_ids(job).numel() if metric != "frobenius" else 0
+        tables = self.tables(opened, job) if metric != "frobenius" else ()
+        profile = Profile(opened.source.name, itemsize, other_parameters, metric, tokens, curves, bonds, tables)
         profile.save(folder)
         return profile
 
-    def tables(self, opened: Opened, job: decompose.Job) -> Tables:
+    def tables(self, opened: Opened, job: decompose.Job) -> tuple[TableProfile, ...]:
         """Returns embedding and head with the predicted loss of rounding them."""
         seen = moments.load_table_moments(self.gradients_folder, self.gradient_ids(job))
         tied = len(opened.tables) == 1
-        losses = {}
+        found = []
         for i, table in enumerate(opened.tables):
             W = weight(opened.runner.model.get_submodule(table.name))
-            losses[table.name] = table_losses(W, seen, self.recipe.grids, embeds=i == 0, predicts=tied or i == 1)
-        return Tables(opened.tables, losses)
+            found.append(table_profile(table.name, W, seen, embeds=i == 0, predicts=tied or i == 1))
+        return tuple(found)
 
     @property
     def gradients_folder(self) -> Path:
@@ -260,6 +264,7 @@ class Run:
             self.directory,
             self.work,
             fisher,
+            self.gradients_folder,
             batch,
             width,
             device,
@@ -273,7 +278,8 @@ class Run:
 
     def gradients(self, job: decompose.Job) -> None:
         """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it."""
-        wanted = self.recipe.metric == "loss" or (self.recipe.planned and self.recipe.needs_moments)
+        plans = self.recipe.planned or job.plan.drops_channels
+        wanted = self.recipe.metric == "loss" or (plans and self.recipe.needs_moments)
         if not wanted or (job.work / "fisher.done").is_file():
             return
         folder = self.gradients_folder

@@ -33,7 +33,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compress(home: Path, out: Path, **settings: Any) -> bondsmith.Compressed:
-    shared = {"keep": 0.5, "calibration": [str(home / "text.txt")], "tokens": 4096, "window": 64, "evaluate": False}
+    shared = {
+        "keep": 0.5,
+        "uniform": True,
+        "calibration": [str(home / "text.txt")],
+        "tokens": 4096,
+        "window": 64,
+        "evaluate": False,
+    }
     return bondsmith.compress(home, out, **(shared | settings))
 
 

@@ -109,10 +109,12 @@ def test_roots_stand_in_for_moments(shape):
     torch.testing.assert_close(by_moment.to_matrix(), by_root.to_matrix())
 
 
-def test_whitened_cut_at_full_bond_is_the_weight():
+def test_whitened_cut_at_full_bond_is_the_weight(caplog):
     weight = randn(12, 30).float()
-    mpo = whitened_cut(weight, 99, input_moment=moment(30, 1))
+    with caplog.at_level("INFO", "bondsmith"):
+        mpo = whitened_cut(weight, 99, input_moment=moment(30, 1))
     assert mpo.bonds == (12,)
+    assert "exact at bonds (12,): bonds 99 are cut down" in caplog.text
     torch.testing.assert_close(mpo.to_matrix(), weight)
 
 

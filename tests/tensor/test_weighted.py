@@ -3,7 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bondsmith.tensor import Sites, fit_mpo, parse_sites, relative_error, sequential_svd, whitened_cut
+from bondsmith.tensor import (
+    Sites,
+    fit_mpo,
+    parse_sites,
+    propagated_target,
+    relative_error,
+    sequential_svd,
+    whitened_cut,
+)
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.mpo import fold
 from bondsmith.tensor.weighted import _Problem, left_block, leg_moments, put_in, right_block, take_out
@@ -85,6 +93,20 @@ def test_a_kronecker_metric_is_exact_at_the_start():
     assert fit.error == pytest.approx(fit.history[0], rel=2e-2)
     assert len(fit.history) <= 4
     torch.testing.assert_close(torch.kron(*leg_moments(torch.kron(*legs), (6, 6))), torch.kron(*legs))
+
+
+@pytest.mark.parametrize("sites", [*SITES[:3], parse_sites("matrix", 24, 36)])
+def test_propagated_target_is_what_compressed_inputs_ask_for(sites):
+    x = randn(36, 200, seed=1)
+    xh = x + 0.4 * randn(36, 36, seed=2) @ x / 6 + 0.3 * randn(36, 200, seed=3)
+    seen = xh @ xh.T
+    target = propagated_target(WEIGHT, (x - xh) @ xh.T, seen, alpha=1.0, damping=0.0)
+    options = {"input_moment": seen, "damping": 0.0, "tolerance": 1e-6, "max_sweeps": 300}
+    blind, aware = (fit_mpo(W, sites, 5, **options).mpo.to_matrix() for W in (WEIGHT, target))
+    lost = [(WEIGHT @ x - matrix @ xh).square().sum() for matrix in (blind, aware, target)]
+    assert lost[1] < 0.95 * lost[0]
+    # what no matrix can reach, and the error of the fit, add up exactly: the fit needs nothing but target and moment
+    torch.testing.assert_close(lost[1], lost[2] + ((target - aware) @ xh).square().sum())
 
 
 def test_the_matrix_cut_is_the_closed_form():

@@ -80,6 +80,19 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with atomic(path) as partial:
         save_file(ready, partial, metadata={"format": "pt"} | digest.metadata(ready))
+        _sort_metadata(partial)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in order: the library writes several entries in a random one."""
+    with path.open("rb+") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        head = json.loads(handle.read(size))
+        head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+        text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, f"{path.name}: the head grew from {size} to {len(text)} bytes"
+        handle.seek(8)
+        handle.write(text.ljust(size))
 
 
 def write_index(directory: Path, shards: list[str]) -> int:

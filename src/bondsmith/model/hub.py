@@ -37,7 +37,8 @@ class BondsmithConfig(QuantizationConfigMixin):
     """What became of the matrices of a compressed model.
 
     Args:
-        networks: module name -> {"sites": [[o, i], ...], "bonds": [...], "gauge": bool}.
+        networks: module name -> {"sites": [[o, i], ...], "bonds": [...], "gauge": bool}, and "shape": [rows, columns] where an MLP has
+            lost hidden channels ("copies" of them, where several matrices are fused); without sites the matrix is dense.
         weights_file: the file (or index) that holds the weights; None means the usual names of transformers.
         packed: module name -> grid ({"bits": 4, "group": 64, ...}), for dense matrices, cores of networks (`NAME.cores.K`)
             and the embedding.
@@ -103,9 +104,9 @@ class BondsmithQuantizer(HfQuantizer):
             parent = model.get_submodule(name.rpartition(".")[0])
             if not parent._buffers:
                 parent._is_hf_initialized = True
-        if replaced:
+        if guard := _guard(replaced):
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(_guard(replaced))}
+            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(guard)}
         return model
 
     def get_state_dict_and_metadata(
@@ -119,7 +120,8 @@ class BondsmithQuantizer(HfQuantizer):
             return None, {}
         state = half_scales(model, model.state_dict())
         packed = {name: state[name] for name in _state_names(model, config.packed)}
-        return state | {_guard(replaced): torch.empty(0)}, metadata(packed)
+        guard = _guard(replaced)
+        return state | ({guard: torch.empty(0)} if guard else {}), metadata(packed)
 
     def is_serializable(self) -> bool:
         """Returns True: `save_pretrained` works."""
@@ -130,9 +132,14 @@ class BondsmithQuantizer(HfQuantizer):
         like: torch.dtype = plain or _dtype(model)
         networks = tuple(name + "." for name, m in model.named_modules() if isinstance(m, MPOLinear))
         original = skeleton(model.config.__class__.from_dict(model.config.to_dict() | {"quantization_config": None}))
+        reduced = {n: network for n, network in self.quantization_config.networks.items() if "shape" in network}
         for name, module in list(model.named_modules()):
-            if isinstance(module, MPOLinear | PackedLinear) and not name.startswith(networks):
-                linear = module.materialise(like)
+            found = isinstance(module, MPOLinear | PackedLinear) or name in reduced
+            if found and not name.startswith(networks):
+                linear = module.materialise(like) if isinstance(module, MPOLinear | PackedLinear) else module
+                assert isinstance(linear, nn.Linear)
+                if name in reduced:
+                    linear = _widened(linear, shape(_module(original, name)), reduced[name].get("copies", 1))
                 model.set_submodule(name, as_conv1d(linear) if isinstance(_module(original, name), Conv1D) else linear)
             elif isinstance(module, PackedEmbedding):
                 unpack_embedding(model, name, like)
@@ -152,13 +159,18 @@ def replace_matrices(
     """Replaces the named matrices of `model` by `MPOLinear` and packed modules of the same device and dtype, without weights."""
     for name, network in networks.items():
         old = _module(model, name)
-        legs = network["sites"]
         like = next(old.parameters())
+        has_bias = getattr(old, "bias", None) is not None
+        if "sites" not in network:
+            rows, columns = network["shape"]
+            model.set_submodule(name, nn.Linear(columns, rows, has_bias, device=like.device, dtype=like.dtype))
+            continue
+        legs = network["sites"]
         sites = Sites(tuple(o for o, _ in legs), tuple(i for _, i in legs))
         layer = MPOLinear(
             sites,
             tuple(network["bonds"]),
-            bias=getattr(old, "bias", None) is not None,
+            bias=has_bias,
             gauge=bool(network.get("gauge", False)),
             device=like.device,
             dtype=like.dtype,
@@ -212,6 +224,20 @@ def packed_section(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: dict(m.grid.to_json()) for name, m in model.named_modules() if isinstance(m, PackedMatrix)}
 
 
+def _widened(linear: nn.Linear, full: tuple[int, int], copies: int) -> nn.Linear:
+    """Returns the layer with zeros for the hidden channels that were dropped, in each of the `copies` matrices fused in its rows."""
+    rows, columns = full
+    weight = linear.weight.detach()
+    wide = nn.Linear(columns, rows, linear.bias is not None, device=weight.device, dtype=weight.dtype)
+    stay = linear.out_features // copies
+    with torch.no_grad():
+        target = wide.weight.zero_().view(copies, rows // copies, columns)
+        target[:, :stay, : linear.in_features] = weight.view(copies, stay, linear.in_features)
+        if wide.bias is not None:
+            wide.bias.zero_().view(copies, -1)[:, :stay] = linear.bias.view(copies, stay)
+    return wide
+
+
 def as_conv1d(linear: nn.Linear) -> Conv1D:
     """Returns GPT-2's kind of linear layer, whose weight is the transpose."""
     conv = Conv1D(linear.out_features, 1)
@@ -243,5 +269,7 @@ def attach(model: PreTrainedModel, config: BondsmithConfig) -> PreTrainedModel:
     return model
 
 
-def _guard(replaced: Mapping[str, Any]) -> str:
-    return next(iter(replaced)) + ".weight"
+def _guard(replaced: Mapping[str, Any]) -> str | None:
+    """Returns a dense weight's name that our files do not use; None where matrices only lost channels, whose shapes tell enough."""
+    names = (name for name, entry in replaced.items() if "sites" in entry or "bits" in entry)
+    return next((f"{name}.weight" for name in names), None)

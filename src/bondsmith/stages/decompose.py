@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,21 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, trace_groups, weight
+from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, shape, trace_groups, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
-from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedLinear, saved_state
+from bondsmith.nn.packed import saved_state
 from bondsmith.recipe import Recipe
 from bondsmith.stages import blockwise
+from bondsmith.stages.fitting import Difference, fit_matrix, plain_form
 from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
-from bondsmith.stages.rounding import round_cores, rounded_dense, rounded_embedding, rounded_tables
+from bondsmith.stages.reduction import drop_channels
+from bondsmith.stages.rounding import rounded_embedding, rounded_tables
 from bondsmith.stages.streams import Stream
-from bondsmith.tensor.fit import propagated_target, sequential_svd, whitened_cut
-from bondsmith.tensor.metric import relative_error
-from bondsmith.tensor.mpo import MPO
-from bondsmith.tensor.weighted import fit_mpo
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,7 @@ class Job:
         out: directory of the weight files.
         work: directory of what is needed only until the end.
         fisher: directory of output moments, or None without the `loss` metric.
+        moments: directory of what the windows that gave gradients showed: which channels of an MLP to drop follows from it.
         batch: windows per forward pass.
         width: of the hidden states.
         dtype: of the saved weights.
@@ -59,6 +58,7 @@ class Job:
     out: Path
     work: Path
     fisher: Path | None
+    moments: Path
     batch: int
     width: int
     device: torch.device
@@ -134,23 +134,30 @@ def _temporary(job: Job, name: str, width: int) -> Stream:
 
 def _compress_block(job: Job, k: int) -> None:
     original = job.load(k)
-    planned = {m.name.removeprefix(f"{job.runner.path}.{k}."): m for m in job.plan.block(k) if not m.untouched}
-    compressed = copy.deepcopy(original)
-    layers: dict[str, MPOLinear | PackedLinear] = {}
-    errors: dict[str, float] = {}
     prefix = f"{job.runner.path}.{k}."
+    plans = {m.name.removeprefix(prefix): m for m in job.plan.block(k)}
+    planned = {name: m for name, m in plans.items() if m.fitted}
+    compressed = copy.deepcopy(original)
+    outputs = load_output_moments(job.fisher, k) if job.fisher else {}
+    reduced = drop_channels(compressed, plans, job.moments, k, outputs, job.recipe.damping)
+    layers: dict[str, nn.Module] = {}
+    errors: dict[str, float] = {}
 
-    def put(name: str, C: Tensor | None, D: Tensor | None, B: Tensor | None) -> None:
-        layers[name], errors[prefix + name] = fit_matrix(compressed.get_submodule(name), planned[name], C, D, B, job)
-        compressed.set_submodule(name, layers[name].materialise())  # one GEMM is faster where thousands of tokens pass
+    def put(name: str, C: Tensor | None, D: Difference | None) -> None:
+        if name in reduced and C is not None and len(C) != plans[name].columns:
+            C = C[reduced[name].kept][:, reduced[name].kept]
+        matrix, B = compressed.get_submodule(name), outputs.get(name)
+        layers[name], error = fit_matrix(matrix, planned[name], C, D, B, job.recipe, job.dtype)
+        lost = reduced[name].error if name in reduced else 0.0
+        errors[prefix + name] = math.hypot(error, lost)
+        compressed.set_submodule(name, plain_form(layers[name]))  # one GEMM is faster where thousands of tokens pass
 
     if not job.recipe.needs_moments:
         for name in planned:
-            put(name, None, None, None)
+            put(name, None, None)
     else:
-        outputs = load_output_moments(job.fisher, k) if job.fisher else {}
         fit = _fit_propagated if job.recipe.propagate else _fit_from_original
-        fit(job, k, original, compressed, planned, lambda name, C, D: put(name, C, D, outputs.get(name)))
+        fit(job, k, original, compressed, planned, put)
     for name, layer in layers.items():
         compressed.set_submodule(name, layer)
     if job.recipe.blockwise and layers:
@@ -183,7 +190,7 @@ def _leave(job: Job, k: int, compressed: nn.Module) -> None:
     leave.write(job.runner.block(k, _ids(job, f), _rows(job, xh, f), compressed) for f in job.batches())
 
 
-Put = Callable[[str, Tensor, Tensor | None], None]
+Put = Callable[[str, Tensor, Difference | None], None]
 
 
 def _groups(job: Job, k: int, block: nn.Module, x: Stream, planned: dict[str, MatrixPlan]) -> list[Group]:
@@ -232,34 +239,43 @@ def _fit_propagated(
     groups = _groups(job, k, original, x, planned)
     inputs = [_temporary(job, f"input-{i}", g.in_features) for i, g in enumerate(groups)]
     _keep_inputs(job, k, original, groups, x, after, inputs)
+    starting = {g.names[0]: compressed.get_submodule(g.names[0]) for g in groups[-1:]}
     trains = bool(job.recipe.blockwise and groups)  # then what leaves the block is computed after the training
-    last = _LastMatrix.of(job, k, groups[-1]) if groups and not trains else None
+    last = (
+        _LastMatrix.of(job, k, groups[-1], shape(starting[groups[-1].names[0]])[1]) if groups and not trains else None
+    )
     for group, before in zip(groups, inputs, strict=True):
         ending = last if group is groups[-1] else None
-        C, D = _propagated_moments(job, k, compressed, group, before, x, after, ending)
+        C, D = _propagated_moments(job, k, original, compressed, group, before, x, after, ending)
         for name in group.names:
             if name in planned:
                 put(name, C, D)
         before.remove()
     if k + 1 == len(job.runner) or trains:
         return
-    if last is None or not last.finish(original, compressed, _stream(job, "compressed", k + 1)):
+    if last is None or not last.finish(starting[last.name], compressed, _stream(job, "compressed", k + 1)):
         _leave(job, k, compressed)
 
 
 def _propagated_moments(
     job: Job,
     k: int,
+    original: nn.Module,
     compressed: nn.Module,
     group: Group,
     before: Stream,
     x: Stream,
     after: Stream,
     ending: _LastMatrix | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Returns `C = E[xh xh^T]` and `D = E[(x - xh) xh^T]` of one group, `xh` being what reaches it in the compressed copy."""
-    xh = _stream(job, "compressed", k)
-    C, D = Moment(group.in_features, job.device), Moment(group.in_features, job.device)
+) -> tuple[Tensor, Difference | None]:
+    """Returns `C = E[xh xh^T]` of one group, `xh` being what reaches it in the compressed copy, and how far that is from the original.
+
+    That is `E[(x - xh) xh^T]`; or, where a matrix reads fewer channels than its original, `E[(W x - W' xh) xh^T]`.
+    """
+    xh, now, was = _stream(job, "compressed", k), *(b.get_submodule(group.names[0]) for b in (compressed, original))
+    width = shape(now)[1]
+    moved = width != group.in_features
+    C, D = Moment(width, job.device), Moment(shape(now)[0] if moved else width, job.device, width)
     with ExitStack() as stack:
         keep = stack.enter_context(ending.writer()) if ending else None
         for first in job.batches():
@@ -273,9 +289,13 @@ def _propagated_moments(
                 continue
             w = stream_weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
             C.add(seen[0], w)
-            D.add(_rows(job, before, first).flatten(0, 1) - seen[0], w, seen[0])
+            was_seen = _rows(job, before, first).flatten(0, 1)
+            if moved:
+                D.add(was_seen @ weight(was).T - seen[0] @ weight(now).T, w, seen[0])
+            else:
+                D.add(was_seen - seen[0], w, seen[0])
     name = _full(job, k, group)
-    return C.mean(name), D.mean(name) if group.every_token else None
+    return C.mean(name), Difference(D.mean(name), moved) if group.every_token else None
 
 
 def _keep_inputs(
@@ -296,7 +316,7 @@ def _keep_inputs(
 class _LastMatrix:
     """Saves the last pass over a block: where its last matrix adds to the output, the output follows from the pass that read its input.
 
-    `out` with the original matrix W and the input `x` of it are kept; with W' in its place the block gives `out + x (W' - W)^T`.
+    `out` with the matrix W in place at first and the input `x` of it are kept; with W' in its place the block gives `out + x (W' - W)^T`.
     That the matrix does add to the output is tested on the first windows against the block itself; Gemma's does not.
     """
 
@@ -307,11 +327,14 @@ class _LastMatrix:
     fed: Stream
 
     @classmethod
-    def of(cls, job: Job, k: int, group: Group) -> _LastMatrix | None:
-        """Returns what the last group needs, or None where the trick has no place: no next block, or not one matrix for all tokens."""
+    def of(cls, job: Job, k: int, group: Group, width: int) -> _LastMatrix | None:
+        """Returns what the last group, which reads `width` features, needs.
+
+        None where the trick has no place: no next block, or not one matrix for all tokens.
+        """
         if k + 1 == len(job.runner) or not (group.last and group.writes and group.every_token):
             return None
-        out, fed = _temporary(job, "last-out", job.width), _temporary(job, "last-input", group.in_features)
+        out, fed = _temporary(job, "last-out", job.width), _temporary(job, "last-input", width)
         return cls(job, k, group.names[0], out, fed)
 
     @contextmanager
@@ -325,10 +348,14 @@ class _LastMatrix:
 
             yield keep
 
-    def finish(self, original: nn.Module, compressed: nn.Module, leave: Stream) -> bool:
-        """Writes the hidden states that leave the block to `leave`; False, and nothing written, where they do not follow."""
+    def finish(self, starting: nn.Module, compressed: nn.Module, leave: Stream) -> bool:
+        """Writes the hidden states that leave the block to `leave`; False, and nothing written, where they do not follow.
+
+        Args:
+            starting: the matrix that was in place while the outputs were kept.
+        """
         job = self.job
-        change = weight(compressed.get_submodule(self.name)) - weight(original.get_submodule(self.name))
+        change = weight(compressed.get_submodule(self.name)) - weight(starting)
 
         def follow(first: int, count: int | None = None) -> Tensor:
             return _rows(job, self.out, first, count) + _rows(job, self.fed, first, count) @ change.T
@@ -342,48 +369,6 @@ class _LastMatrix:
         self.out.remove()
         self.fed.remove()
         return follows
-
-
-def fit_matrix(
-    matrix: nn.Module, plan: MatrixPlan, C: Tensor | None, D: Tensor | None, B: Tensor | None, job: Job
-) -> tuple[MPOLinear | PackedLinear, float]:
-    """Returns the layer that replaces `matrix`, with weights rounded to the saved dtype, and its relative error in the metric.
-
-    Args:
-        C: moment of the inputs that the layer will see, or None for the Frobenius metric.
-        D: `E[(x - xh) xh^T]`, how far those are from the original's, or None.
-        B: moment of the loss gradient at the output, or None.
-    """
-    W = weight(matrix)
-    try:
-        target = W
-        if C is not None and D is not None:
-            target = propagated_target(W, D, C, job.recipe.propagation_strength, job.recipe.damping)
-        layer = _layer(target, plan, C, B, getattr(matrix, "bias", None), job)
-    except (ValueError, RuntimeError) as error:
-        raise ModelError(f"{plan.name}: {error}") from error
-    layer.to(torch.float32).requires_grad_(False)
-    return layer, relative_error(W, layer.to_matrix(), C, B)
-
-
-def _layer(
-    target: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, bias: Tensor | None, job: Job
-) -> MPOLinear | PackedLinear:
-    if plan.sites is None:
-        return rounded_dense(target, plan, C, None if bias is None else bias.to(job.dtype))
-    mpo = fit_network(target, plan, C, B, job.recipe.damping)
-    layer = MPOLinear.from_mpo(mpo, bias=bias, gauge=plan.gauge, dtype=job.dtype)
-    return layer if plan.grid is None else round_cores(layer, target, mpo, plan, C, B, job.recipe.damping)
-
-
-def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> MPO:
-    """Returns the network of a plan for `W`: the sequential SVD where there is no moment `C`, else the best fit in the metric."""
-    assert plan.sites is not None
-    if C is None:
-        return sequential_svd(W, plan.sites, plan.bonds)
-    if not plan.sites.is_matrix_cut:
-        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=damping).mpo
-    return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=damping)
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:

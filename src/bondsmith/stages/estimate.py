@@ -118,13 +118,13 @@ class Estimate:
             row("bytes in float16", 2 * f.parameters, p.bytes(2), size)
         else:
             saved = f"{self.bits} bits"
-        row(f"bytes, checkpoint ({own}) to {saved}", f.stored_bytes, self.bytes, size)
+        row(f"checkpoint ({own}) → {saved}", f.stored_bytes, self.bytes, size)
         if self.bits != UNROUNDED or self.dtype.itemsize != 4:
-            row(f"bytes, 4 a parameter to {saved}", 4 * f.parameters, self.bytes, size)
+            row(f"4 bytes a parameter → {saved}", 4 * f.parameters, self.bytes, size)
         row("multiply-adds a token", *self.multiply_adds, count)
         if f.cache_per_token is not None:
             cache = 1000 * f.cache_per_token * self.dtype.itemsize
-            row(f"keys and values of 1,000 tokens ({str(self.dtype).removeprefix('torch.')})", cache, cache, size)
+            row(f"cache of 1,000 tokens ({str(self.dtype).removeprefix('torch.')})", cache, cache, size)
         return table
 
     def _needs(self) -> Table:
@@ -141,7 +141,7 @@ class Estimate:
         table.add_column("of that")
         parts: list[tuple[str, Mapping[str, float], Callable[[float], str]]] = [
             ("memory at the peak", self.needs.memory, size),
-            ("disk, beside the original", self.needs.disk, size),
+            ("disk besides the original", self.needs.disk, size),
         ]
         if self.needs.seconds is not None:
             parts.append(("time on this machine", self.needs.seconds, duration))
@@ -352,7 +352,7 @@ def measure_speed(device: torch.device | str = "cpu", seconds: float = 0.4) -> S
 def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < 2 or time.perf_counter() < end:
+    while len(times) < 5 or time.perf_counter() < end:
         start = time.perf_counter()
         result = work()
         if isinstance(result, torch.Tensor) and result.is_cuda:

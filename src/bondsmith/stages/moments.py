@@ -36,8 +36,8 @@ _MIRROR = 512  # rows mirrored at a time
 class Moment:
     """A weighted mean of outer products, summed in float32 on the device of its rows, divided when read."""
 
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        self._sum = torch.zeros(features, features, device=device)
+    def __init__(self, features: int, device: torch.device | str = "cpu", other: int | None = None):
+        self._sum = torch.zeros(features, other or features, device=device)
         self._weight = 0.0
         self._rows = 0
         self._lower = True

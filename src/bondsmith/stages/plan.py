@@ -56,9 +56,9 @@ class MatrixPlan:
         return self.out_features * self.in_features
 
     @property
-    def untouched(self) -> bool:
-        """True where the matrix stays as it is."""
-        return self.sites is None and self.grid is None and self.shape == (self.out_features, self.in_features)
+    def fitted(self) -> bool:
+        """True where numbers change: a network, rounded ones, or a matrix that makes up for channels it no longer reads."""
+        return self.sites is not None or self.grid is not None or self.kept_columns is not None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -138,6 +138,16 @@ class MatrixPlan:
             entry["loss"] = float(f"{self.loss:.6g}")
         return entry
 
+    def network(self) -> dict[str, Any]:
+        """Returns the entry in `networks` of the configuration; empty where the matrix keeps its shape and is no network."""
+        entry: dict[str, Any] = {}
+        if self.sites is not None:
+            legs = zip(self.sites.out_legs, self.sites.in_legs, strict=True)
+            entry = {"sites": [list(pair) for pair in legs], "bonds": list(self.bonds), "gauge": self.gauge}
+        if self.shape != (self.out_features, self.in_features):
+            entry["shape"] = list(self.shape)
+        return entry
+
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> MatrixPlan:
         """Returns the matrix of an entry of `plan.json`."""
@@ -192,6 +202,11 @@ class Plan:
         rest = self.other_parameters - sum(t.dense_parameters for t in self.tables)
         inside = sum(m.bytes(itemsize) + HEADER_BYTES for m in self.matrices)
         return rest * itemsize + inside + sum(t.bytes(itemsize) for t in self.tables)
+
+    @property
+    def drops_channels(self) -> bool:
+        """True where some MLP loses hidden channels."""
+        return any(m.kept_columns is not None for m in self.matrices)
 
     def packed(self) -> dict[str, dict[str, Any]]:
         """Returns module name -> grid of everything that is rounded: dense matrices, cores that hold numbers, embedding and head."""

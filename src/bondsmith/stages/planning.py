@@ -15,24 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
-from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, check_patterns
-from bondsmith.stages.profile import BondProfile, MatrixProfile, Profile, Reduced
+from bondsmith.stages.plan import HEADER_BYTES, MatrixPlan, Plan, PlanError, check_patterns
+from bondsmith.stages.profile import BondProfile, MatrixProfile, Profile, Reduced, TableProfile
 from bondsmith.stages.solver import InfeasibleError, Way, choose
+from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import ROUND_TO, Sites
 
-Shapes = Mapping[str, tuple[int, int, int]]
 LEVELS = 64  # bonds tried per matrix, at most
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Embedding and head as the planner sees them: what rounding each would cost, by bits."""
-
-    plans: tuple[MatrixPlan, ...]
-    losses: Mapping[str, Mapping[int, float]]
-
-
-NO_TABLES = Tables((), {})
 
 
 def candidates(matrix: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
@@ -53,26 +42,42 @@ def candidates(matrix: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
     return [replace(c, grid=grid) for grid in recipe.grids for c in allowed]
 
 
-def check_budget(
-    shapes: Shapes, other_parameters: int, recipe: Recipe, itemsize: int, tables: Tables = NO_TABLES
-) -> Plan:
-    """Returns some plan within the budgets; PlanError, before any work, if there is none."""
+def planned(profile: Profile, recipe: Recipe) -> Plan:
+    """Returns the plan with the least predicted loss within the budgets, or the smallest one within a tolerated loss.
+
+    With a blank profile every loss is zero and only the budgets count: a check before any work.
+
+    Raises:
+        PlanError: no choice meets the budgets; says how far one can go and what holds it up.
+        RecipeError: a pattern matches no matrix.
+    """
+    shapes = {m.name: (m.block, m.out_features, m.in_features) for m in profile.matrices}
     check_patterns(shapes, recipe)
     for pattern in recipe.bounds:
         if not any(fnmatch(name, pattern) for name in shapes):
             raise RecipeError(f"bounds: {pattern!r} matches no matrix; names look like {next(iter(shapes))!r}")
-    return _solve(shapes, other_parameters, recipe, itemsize, None, tables)
-
-
-def planned(
-    profile: Profile, shapes: Shapes, other_parameters: int, recipe: Recipe, itemsize: int, tables: Tables = NO_TABLES
-) -> Plan:
-    """Returns the plan with the least predicted loss within the budgets, or the smallest one within a tolerated loss.
-
-    Raises:
-        PlanError: no choice meets the budgets; says how far one can go and what holds it up.
-    """
-    return _solve(shapes, other_parameters, recipe, itemsize, profile, tables)
+    entries = {name: MatrixPlan(name, *dims) for name, dims in shapes.items()}
+    tables = [MatrixPlan(t.name, -1, t.rows, t.columns) for t in profile.tables] if recipe.rounds else []
+    options = _options(entries, recipe, profile)
+    options += [_table(t, plan, recipe) for t, plan in zip(profile.tables, tables, strict=False)]
+    budgets = _budgets(list(entries.values()), tables, profile, recipe)
+    minimise = "bytes" if "loss" in budgets else "loss"
+    try:
+        choice = choose([[option.way(profile.itemsize) for option in item] for item in options], budgets, minimise)
+    except InfeasibleError as error:
+        raise PlanError(_out_of_reach(error, tables, profile)) from error
+    picked: dict[str, MatrixPlan] = {}
+    for item, way, indices in zip(options, choice.ways, choice.candidates, strict=True):
+        option = item[way]
+        for own, losses, index in zip(option.members, option.losses, indices, strict=True):
+            last = own is option.members[-1]
+            picked[own[0].name] = replace(own[index], loss=float(losses[index]) + (option.loss if last else 0.0))
+    loss = math.fsum(p.loss or 0.0 for p in picked.values())
+    matrices, rounded = tuple(picked[n] for n in entries), tuple(picked[t.name] for t in tables)
+    known = profile.metric == "loss"
+    if not known:
+        matrices, rounded = (tuple(replace(m, loss=None) for m in some) for some in (matrices, rounded))
+    return Plan(matrices, profile.other_parameters, rounded, loss if known else None, choice.gap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,33 +94,10 @@ class _Option:
         return Way(tuple(_amounts(own, loss, itemsize) for own, loss in pairs), self.loss)
 
 
-def _solve(shapes: Shapes, other: int, recipe: Recipe, itemsize: int, profile: Profile | None, tables: Tables) -> Plan:
-    """Returns the plan; without a profile every loss is zero, and only the budgets are looked at."""
-    entries = {name: MatrixPlan(name, *dims) for name, dims in shapes.items()}
-    options = _options(entries, recipe, profile, tables)
-    budgets = _budgets(list(entries.values()), tables, other, recipe, itemsize)
-    minimise = "bytes" if "loss" in budgets else "loss"
-    try:
-        choice = choose([[option.way(itemsize) for option in item] for item in options], budgets, minimise)
-    except InfeasibleError as error:
-        raise PlanError(_out_of_reach(error, other, itemsize, tables)) from error
-    picked: dict[str, MatrixPlan] = {}
-    for item, way, indices in zip(options, choice.ways, choice.candidates, strict=True):
-        option = item[way]
-        for own, losses, index in zip(option.members, option.losses, indices, strict=True):
-            last = own is option.members[-1]
-            picked[own[0].name] = replace(own[index], loss=float(losses[index]) + (option.loss if last else 0.0))
-    loss = None if profile is None else math.fsum(p.loss or 0.0 for p in picked.values())
-    chosen = [tuple(picked[name] for name in names) for names in (entries, [t.name for t in tables.plans])]
-    return Plan(chosen[0], other, chosen[1], loss, choice.gap)
-
-
-def _options(
-    entries: Mapping[str, MatrixPlan], recipe: Recipe, profile: Profile | None, tables: Tables
-) -> list[list[_Option]]:
-    """Returns the ways of every item: of matrices on their own, of the matrices of an MLP together, of embedding and head."""
-    curves = {m.name: m for m in profile.matrices} if profile else {}
-    bonds = {name: b for b in (profile.bonds if profile else ()) for name in (*b.writers, b.reader)}
+def _options(entries: Mapping[str, MatrixPlan], recipe: Recipe, profile: Profile) -> list[list[_Option]]:
+    """Returns the ways of every item: of matrices on their own, of the matrices of an MLP together."""
+    curves = {m.name: m for m in profile.matrices}
+    bonds = {name: b for b in profile.bonds if recipe.channels for name in (*b.writers, b.reader)}
     found, done = [], set()
     for name in entries:
         if name in done:
@@ -123,29 +105,27 @@ def _options(
         names = (*bonds[name].writers, bonds[name].reader) if name in bonds else (name,)
         done |= set(names)
         ways = [_whole([entries[n] for n in names], curves, recipe)]
-        ways += [
-            _reduced(entries, level, bonds[name], recipe) for level in (bonds[name].levels if name in bonds else ())
-        ]
+        if name in bonds and not any(recipe.spares(n) for n in names):
+            ways += [_reduced(entries, level, bonds[name], recipe) for level in bonds[name].levels]
         useful = [way for way in ways if all(way.members)]
         if not useful:
             low, high = _bounds(name, recipe)
             raise PlanError(f"{name}: no bond keeps between {low:g} and {high:g} of its parameters; widen its bounds")
         found.append(useful)
-    for table in tables.plans:
-        own = [replace(table, grid=grid) for grid in recipe.grids]
-        known = tables.losses.get(table.name, {})
-        losses = np.array([known.get(c.grid.bits, 0.0) if c.grid else 0.0 for c in own])
-        found.append([_Option((own,), (losses,))])
     return found
+
+
+def _table(profile: TableProfile, whole: MatrixPlan, recipe: Recipe) -> list[_Option]:
+    """Returns the ways of an embedding or a head: one, with a candidate for each width."""
+    own = [replace(whole, grid=grid) for grid in recipe.grids]
+    losses = [0.0 if c.grid is None else rounding_loss(profile.rounding, 1.0, c.grid) for c in own]
+    return [_Option((own,), (np.array(losses),))]
 
 
 def _whole(entries: Sequence[MatrixPlan], curves: Mapping[str, MatrixProfile], recipe: Recipe) -> _Option:
     """Returns the way in which no channel is dropped."""
     members = tuple(candidates(m, recipe) for m in entries)
-    losses = tuple(
-        predicted(curves[m.name], own) if curves else np.zeros(len(own))
-        for m, own in zip(entries, members, strict=True)
-    )
+    losses = tuple(predicted(curves[m.name], own) for m, own in zip(entries, members, strict=True))
     return _Option(members, losses)
 
 
@@ -169,15 +149,13 @@ def predicted(profile: MatrixProfile, options: Sequence[MatrixPlan]) -> NDArray[
     full = len(losses) - 1
     bonds = np.array([c.bonds[0] if c.sites is not None else full for c in options])
     cut = np.where(bonds < full, losses[bonds], 0.0)
-    return cut + np.array([rounding_loss(profile, c) for c in options])
+    rounded = [0.0 if c.grid is None else rounding_loss(profile.rounding, profile.unit, c.grid) for c in options]
+    return cut + np.array(rounded)
 
 
-def rounding_loss(profile: MatrixProfile, candidate: MatrixPlan) -> float:
-    """Returns the predicted loss of rounding the stored numbers of a candidate, in nats a token."""
-    grid = candidate.grid
-    if grid is None:
-        return 0.0
-    return profile.unit * profile.rounding[grid.group] / (2**grid.bits - 1) ** 2
+def rounding_loss(rounding: Mapping[int, float], unit: float, grid: Grid) -> float:
+    """Returns the predicted loss of rounding a matrix to a grid, in nats a token; 0 where nothing is known."""
+    return unit * rounding.get(grid.group, 0.0) / (2**grid.bits - 1) ** 2
 
 
 def _amounts(options: Sequence[MatrixPlan], loss: NDArray[np.float64], itemsize: int) -> dict[str, NDArray[np.float64]]:
@@ -191,35 +169,37 @@ def _amounts(options: Sequence[MatrixPlan], loss: NDArray[np.float64], itemsize:
 
 
 def _budgets(
-    entries: Sequence[MatrixPlan], tables: Tables, other: int, recipe: Recipe, itemsize: int
+    entries: Sequence[MatrixPlan], tables: Sequence[MatrixPlan], profile: Profile, recipe: Recipe
 ) -> dict[str, float]:
     """Returns quantity -> budget of the choices, what no choice changes taken off."""
     dense = sum(m.dense_parameters for m in entries)
-    spared = sum(m.dense_parameters for m in entries if any(fnmatch(m.name, p) for p in recipe.keep_dense))
+    spared = sum(m.dense_parameters for m in entries if recipe.spares(m.name))
     found: dict[str, float] = {}
     if recipe.keep is not None:
         found["parameters"] = recipe.keep * (dense - spared) + spared
     if recipe.multiply_adds is not None:
         found["multiply_adds"] = recipe.multiply_adds * dense
     if recipe.bytes is not None:
-        fixed = Plan((), other, tuple(tables.plans)).bytes(itemsize) - sum(t.bytes(itemsize) for t in tables.plans)
-        found["bytes"] = parse_bytes(recipe.bytes, other + dense) - fixed
+        fixed = _fixed_bytes(tables, profile)
+        found["bytes"] = parse_bytes(recipe.bytes, profile.other_parameters + dense) - fixed
     if recipe.loss is not None:
         found["loss"] = recipe.loss
     return found
 
 
-def _out_of_reach(error: InfeasibleError, other: int, itemsize: int, tables: Tables) -> str:
+def _fixed_bytes(tables: Sequence[MatrixPlan], profile: Profile) -> int:
+    """Returns the bytes of what no choice changes: norms and biases, and embedding and head where they are not rounded."""
+    rest = profile.other_parameters - sum(t.dense_parameters for t in tables)
+    return rest * profile.itemsize + len(profile.matrices) * HEADER_BYTES
+
+
+def _out_of_reach(error: InfeasibleError, tables: Sequence[MatrixPlan], profile: Profile) -> str:
     if error.quantity == "bytes":
-        fixed = other * itemsize if not tables.plans else 0
-        holds = (
-            f"; embedding, head and norms alone take {fixed / 1e6:.1f} MB at {itemsize} bytes a parameter"
-            if fixed
-            else ""
-        )
+        fixed = _fixed_bytes(tables, profile)
+        what = "norms and biases" if tables else "embedding, head and norms"
         return (
-            f"bytes: {(error.budget + fixed) / 1e6:.1f} MB is out of reach, the smallest plan has {(error.least + fixed) / 1e6:.1f} MB"
-            f"{holds}; give a larger size, fewer bits (bits: [8, 4, 3, 2]), or looser bounds"
+            f"bytes: {(error.budget + fixed) / 1e6:.1f} MB is out of reach, the smallest plan has {(error.least + fixed) / 1e6:.1f} MB, "
+            f"{fixed / 1e6:.1f} of them {what} at {profile.itemsize} bytes a parameter; give a larger size, fewer bits, or looser bounds"
         )
     if error.quantity == "loss":
         return f"loss: even with everything kept the predicted loss is {error.least:.4g} nats, over {error.budget:g}"

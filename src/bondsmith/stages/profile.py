@@ -1,4 +1,4 @@
-"""The fast profile: what the loss would rise by if a matrix were cut or rounded, for all matrices and all sizes at once.
+"""The fast profile as data: what the loss would rise by if a matrix were cut or rounded, for all matrices and all sizes at once.
 
 A perturbation `D` of a weight raises the divergence from the original by about `1/2 tr(B D C D^T)` nats a token, with `C` the second
 moment of its inputs and `B` that of the loss gradient at its outputs. For the best matrix cut at bond `k` that is half the sum of the
@@ -11,7 +11,7 @@ Legend: `O, I` out and in features, `W` the weight, `k` a bond, `s` singular val
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bondsmith.model.blocks import HiddenBond
 from bondsmith.model.checkpoint import write_json, write_shard
-from bondsmith.stages.moments import TableMoments
 from bondsmith.stages.wording import count
 from bondsmith.tensor.algebra import entropy
-from bondsmith.tensor.channels import eliminate_channels
-from bondsmith.tensor.fit import cut_spectrum
-from bondsmith.tensor.metric import Root, damped, moment_root
-from bondsmith.tensor.rounding import Grid
 
 FORMAT = 1
 
@@ -90,19 +84,52 @@ class BondProfile:
 
 
 @dataclass(frozen=True, eq=False)
+class TableProfile:
+    """Embedding or head: its (vocabulary, width) matrix, and what rounding it would cost, as in `MatrixProfile`."""
+
+    name: str
+    rows: int
+    columns: int
+    rounding: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Profile:
     """The fast profile of a model: one entry per matrix, in depth order.
 
     Attributes:
+        model: what the user called it.
+        itemsize: bytes of an unrounded number in the saved model.
+        other_parameters: stored scalars outside the matrices, embedding and head included.
+        tables: embedding, and head where it has weights of its own.
         bonds: the hidden bonds, by block; empty where channels are not to be dropped.
         metric: loss, input or frobenius; only `loss` predicts nats, the others relative squared errors.
         tokens: calibration tokens behind it.
     """
 
-    matrices: tuple[MatrixProfile, ...]
+    model: str
+    itemsize: int
+    other_parameters: int
     metric: str
     tokens: int
+    matrices: tuple[MatrixProfile, ...]
     bonds: tuple[BondProfile, ...] = ()
+    tables: tuple[TableProfile, ...] = ()
+
+    @classmethod
+    def blank(
+        cls,
+        shapes: Mapping[str, tuple[int, int, int]],
+        other_parameters: int,
+        itemsize: int,
+        tables: tuple[TableProfile, ...] = (),
+    ) -> Profile:
+        """Returns a profile that predicts no loss at all: what is known before any work."""
+        matrices = tuple(
+            MatrixProfile(name, block, rows, columns, torch.zeros(min(rows, columns)))
+            for name, (block, rows, columns) in shapes.items()
+        )
+        return cls("", itemsize, other_parameters, "none", 0, matrices, (), tables)
 
     def __getitem__(self, name: str) -> MatrixProfile:
         return next(m for m in self.matrices if m.name == name)
@@ -132,18 +159,10 @@ class Profile:
         for bond in self.bonds:
             spectra |= {f"{m.name}@{v.channels}": m.spectrum for v in bond.levels for m in v.matrices}
         write_shard(directory / "profile.safetensors", spectra)
-        bonds = [
-            {"writers": list(b.writers), "reader": b.reader, "channels": b.channels}
-            | {
-                "levels": [
-                    {"channels": v.channels, "loss": v.loss, "matrices": [_row(m) for m in v.matrices]}
-                    for v in b.levels
-                ]
-            }
-            for b in self.bonds
-        ]
-        content = {"format": FORMAT, "metric": self.metric, "tokens": self.tokens}
-        write_json(directory / "profile.json", content | {"matrices": [_row(m) for m in self.matrices], "bonds": bonds})
+        content = {"format": FORMAT, "model": self.model, "itemsize": self.itemsize, "metric": self.metric}
+        content |= {"tokens": self.tokens, "other_parameters": self.other_parameters}
+        content |= {"tables": [_table_row(t) for t in self.tables], "bonds": [_bond_row(b) for b in self.bonds]}
+        write_json(directory / "profile.json", content | {"matrices": [_row(m) for m in self.matrices]})
 
     @classmethod
     def load(cls, directory: Path) -> Profile:
@@ -157,24 +176,19 @@ class Profile:
         if content["format"] > FORMAT:
             raise ValueError(f"{path} has format {content['format']}, this bondsmith reads up to {FORMAT}")
         spectra = load_file(directory / "profile.safetensors")
-        bonds = [
-            BondProfile(
-                tuple(b["writers"]),
-                b["reader"],
-                b["channels"],
-                tuple(
-                    Reduced(
-                        v["channels"],
-                        v["loss"],
-                        tuple(_entry(m, spectra[f"{m['name']}@{v['channels']}"]) for m in v["matrices"]),
-                    )
-                    for v in b["levels"]
-                ),
-            )
-            for b in content["bonds"]
-        ]
+        bonds = tuple(_bond_entry(b, spectra) for b in content["bonds"])
+        tables = tuple(_table_entry(t) for t in content["tables"])
         matrices = tuple(_entry(m, spectra[m["name"]]) for m in content["matrices"])
-        return cls(matrices, content["metric"], content["tokens"], tuple(bonds))
+        return cls(
+            content["model"],
+            content["itemsize"],
+            content["other_parameters"],
+            content["metric"],
+            content["tokens"],
+            matrices,
+            bonds,
+            tables,
+        )
 
     def table(self) -> Table:
         """Returns the table by kind of matrix: parameters, losses if dropped or cut, entropies."""
@@ -205,171 +219,43 @@ class Profile:
 
 
 def _row(m: MatrixProfile) -> dict[str, Any]:
-    rounding = {str(group): unit for group, unit in m.rounding.items()}
     known = {"name": m.name, "block": m.block, "shape": [m.out_features, m.in_features], "unit": m.unit}
-    return known | {"rounding": rounding, "entropy": m.entropy, "loss_if_dropped": float(m.cut_losses()[0])}
+    known |= {"rounding": {str(group): unit for group, unit in m.rounding.items()}}
+    return known | {"entropy": m.entropy, "loss_if_dropped": float(m.cut_losses()[0])}
 
 
 def _entry(row: Mapping[str, Any], spectrum: Tensor) -> MatrixProfile:
     rows, columns = row["shape"]
-    rounding = {int(group): unit for group, unit in row["rounding"].items()}
-    return MatrixProfile(row["name"], row["block"], rows, columns, spectrum, row["unit"], rounding)
+    return MatrixProfile(row["name"], row["block"], rows, columns, spectrum, row["unit"], _rounding(row["rounding"]))
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What the matrices of a block see, by full name: `C`, `B`, and the bonds whose channels may be dropped."""
-
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-    bonds: Sequence[HiddenBond] = ()
+def _rounding(row: Mapping[str, float]) -> dict[int, float]:
+    return {int(group): unit for group, unit in row.items()}
 
 
-def fast_profile(
-    shapes: Mapping[str, tuple[int, int, int]],
-    weight: Callable[[str], Tensor],
-    seen: Callable[[int], Seen],
-    *,
-    metric: str,
-    tokens: int,
-    damping: float,
-    group: int = 64,
-    advance: Callable[[float], None] = lambda share: None,
-) -> Profile:
-    """Returns the profile of all matrices.
-
-    Args:
-        shapes: matrix name -> (block, out features, in features), in depth order.
-        weight: gives the (O, I) weight of a name.
-        seen: gives what the matrices of a block see; one without `B` has the identity there, one without either is profiled by its
-            weight alone.
-        group: columns that share a scale in rounding.
-    """
-    found: list[MatrixProfile] = []
-    bonds: list[BondProfile] = []
-    for block in dict.fromkeys(own for own, _, _ in shapes.values()):
-        names = [name for name, (own, _, _) in shapes.items() if own == block]
-        profiler = _Profiler(block, seen(block), weight, damping, group)
-        found += [profiler.matrix(name, weight(name)) for name in names]
-        bonds += [profiler.bond(bond) for bond in profiler.seen.bonds]
-        advance(len(found) / len(shapes))
-    profile = Profile(tuple(found), metric, tokens, tuple(bonds))
-    if metric == "loss":
-        return profile
-    return profile.rescaled({m.name: 1 / max(float(m.cut_losses()[0]), 1e-300) for m in found})
+def _bond_row(b: BondProfile) -> dict[str, Any]:
+    levels = [{"channels": v.channels, "loss": v.loss, "matrices": [_row(m) for m in v.matrices]} for v in b.levels]
+    return {"writers": list(b.writers), "reader": b.reader, "channels": b.channels, "levels": levels}
 
 
-@dataclass(eq=False)
-class _Profiler:
-    """Profiles the matrices of one block; keeps the root of every `C` that several share."""
-
-    block: int
-    seen: Seen
-    weight: Callable[[str], Tensor]
-    damping: float
-    group: int
-    roots: dict[int, tuple[Root, Tensor]] = field(default_factory=dict)
-
-    def matrix(self, name: str, W: Tensor) -> MatrixProfile:
-        """Returns the curves of a whole matrix."""
-        return self.curves(name, W, self.seen.inputs.get(name), self.seen.outputs.get(name))
-
-    def curves(self, name: str, W: Tensor, C: Tensor | None, B: Tensor | None) -> MatrixProfile:
-        """Returns the curves of a matrix that sees these moments."""
-        left = None
-        try:
-            if C is None:
-                spectrum = cut_spectrum(W, output_moment=B, damping=self.damping)
-            elif W.shape[0] <= W.shape[1] and id(C) not in self.roots:
-                spectrum = cut_spectrum(W, input_moment=C, output_moment=B, damping=self.damping)
-                left = conditional_variances(damped(C, self.damping))
-            else:
-                root, left = self.roots.get(id(C)) or self._root(C)
-                spectrum = cut_spectrum(W, input_root=root, output_moment=B, damping=self.damping)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        weights = None if B is None else B.diagonal()
-        rounding = {g: rounding_unit(W, left, weights, g) for g in (0, self.group)}
-        return MatrixProfile(name, self.block, W.shape[0], W.shape[1], spectrum, rounding=rounding)
-
-    def _root(self, C: Tensor) -> tuple[Root, Tensor]:
-        self.roots[id(C)] = moment_root(C, self.damping), conditional_variances(damped(C, self.damping))
-        return self.roots[id(C)]
-
-    def bond(self, bond: HiddenBond) -> BondProfile:
-        """Returns the sizes that a hidden bond may be reduced to, with the curves of what is left of its matrices."""
-        C, B = self.seen.inputs[bond.reader], self.seen.outputs.get(bond.reader)
-        counts = [n for n in channel_counts(bond.channels) if n < bond.channels]
-        found = eliminate_channels(
-            self.weight(bond.reader), counts, input_moment=C, output_moment=B, damping=self.damping
+def _bond_entry(row: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> BondProfile:
+    levels = tuple(
+        Reduced(
+            v["channels"],
+            v["loss"],
+            tuple(_entry(m, spectra[f"{m['name']}@{v['channels']}"]) for m in v["matrices"]),
         )
-        levels = []
-        for number, channels in sorted(found.items(), reverse=True):
-            S = channels.kept
-            curves = []
-            for name in bond.writers:
-                W = self.weight(name)
-                rows = bond.rows(S, W.shape[0])
-                own = self.seen.outputs.get(name)
-                small = None if own is None else own[rows][:, rows]
-                curves.append(self.curves(name, W[rows], self.seen.inputs.get(name), small))
-            curves.append(self.curves(bond.reader, channels.weight, C[S][:, S], B))
-            levels.append(Reduced(number, channels.error / 2, tuple(curves)))
-        return BondProfile(bond.writers, bond.reader, bond.channels, tuple(levels))
+        for v in row["levels"]
+    )
+    return BondProfile(tuple(row["writers"]), row["reader"], row["channels"], levels)
 
 
-def channel_counts(channels: int) -> list[int]:
-    """Returns the numbers of channels worth trying, largest first: tenths from all to three, in multiples of 16 where that is fine enough.
-
-    >>> channel_counts(1536), channel_counts(64)
-    ([1536, 1376, 1216, 1072, 912, 768, 608, 448], [64, 57, 51, 44, 38, 32, 25, 19])
-    """
-    step = 16 if channels >= 512 else 1
-    tenths = [channels * tenth // 10 // step * step for tenth in range(9, 2, -1)]
-    return [channels, *(n for n in dict.fromkeys(tenths) if 0 < n < channels)]
+def _table_row(t: TableProfile) -> dict[str, Any]:
+    return {"name": t.name, "shape": [t.rows, t.columns]} | {
+        "rounding": {str(group): unit for group, unit in t.rounding.items()}
+    }
 
 
-def conditional_variances(moment: Tensor) -> Tensor:
-    """Returns, per input, the part of its second moment that the inputs after it do not explain, (I,).
-
-    Error-compensated rounding lets later weights absorb the error of earlier ones; what is left of a step's variance is this.
-
-    >>> conditional_variances(torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
-    tensor([1., 1.], dtype=torch.float64)
-    """
-    factor = torch.linalg.cholesky(moment.to(torch.float64).flip(0).flip(1))
-    return factor.diagonal().square().flip(0)
-
-
-def rounding_unit(W: Tensor, inputs: Tensor | None, outputs: Tensor | None, group: int) -> float:
-    """Returns `1/2 sum_oi B_oo r_oi^2 v_i / 12`: the predicted loss of rounding `W`, times the squared steps in a group's range.
-
-    Args:
-        inputs: `v`, variance of every input that counts, (I,), or None for one.
-        outputs: diagonal of `B`, (O,), or None for one.
-        group: columns that share a range `r`; 0 is the whole row.
-    """
-    rows, columns = W.shape
-    pieces = W.split(group or columns, 1)
-    ranges = torch.stack([p.amax(1) - p.amin(1) for p in pieces], 1).to(torch.float64).square()
-    v = torch.ones(columns, dtype=torch.float64, device=W.device) if inputs is None else inputs.to(torch.float64)
-    sums = torch.stack([piece.sum() for piece in v.split(group or columns)])
-    b = torch.ones(rows, dtype=torch.float64, device=W.device) if outputs is None else outputs.to(torch.float64)
-    return float(0.5 * (b @ (ranges @ sums)) / 12)
-
-
-def table_losses(
-    W: Tensor, seen: TableMoments, grids: Sequence[Grid | None], *, embeds: bool, predicts: bool
-) -> dict[int, float]:
-    """Returns bits -> predicted loss of rounding an embedding, a head, or the one matrix that is both (V, width)."""
-    found = {}
-    for grid in grids:
-        if grid is None:
-            continue
-        unit = 0.0
-        if predicts:
-            unit += rounding_unit(W, conditional_variances(damped(seen.head_input, 1e-3)), seen.head_weight, grid.group)
-        if embeds:
-            unit += rounding_unit(W, seen.embedding_gradient.diagonal(), seen.embedding_weight, grid.group)
-        found[grid.bits] = unit / (2**grid.bits - 1) ** 2
-    return found
+def _table_entry(row: Mapping[str, Any]) -> TableProfile:
+    rows, columns = row["shape"]
+    return TableProfile(row["name"], rows, columns, _rounding(row["rounding"]))

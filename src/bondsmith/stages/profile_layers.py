@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from bondsmith.model.blocks import BlockRunner, capture_inputs, matrices, replaced_weight, shape, trace_groups, weight
 from bondsmith.model.checkpoint import write_json
-from bondsmith.stages.decompose import fit_network
+from bondsmith.stages.fitting import fit_network
 from bondsmith.stages.moments import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan, PlanError
 from bondsmith.stages.probe import ProbeResult
@@ -239,7 +239,7 @@ def _network(name: str, block: int, rows: int, columns: int, keep: float, sites:
 
 @torch.no_grad()
 def input_moments(runner: BlockRunner, k: int, ids: Tensor, entering: Stream, batch: int) -> dict[str, Tensor]:
-    """Returns `C` by matrix name inside block k, whose weights are in memory, over all windows; no gradients needed."""
+    """Returns `C` by matrix name inside block k, whose weights are in memory, over all windows; none for matrices that no token reached."""
     block = runner.blocks[k]
     groups = trace_groups(block, lambda: runner.block(k, ids[:1], entering.read(0, 1).to(ids.device)))
     moments = [Moment(g.in_features, ids.device) for g in groups]
@@ -249,7 +249,7 @@ def input_moments(runner: BlockRunner, k: int, ids: Tensor, entering: Stream, ba
             out = runner.block(k, ids[first : first + batch], rows)
         for position, inputs in seen.items():
             moments[position].add(inputs, stream_weights(groups[position], rows, out))
-    return {name: m.mean(name) for g, m in zip(groups, moments, strict=True) for name in g.names}
+    return {name: m.mean(name) for g, m in zip(groups, moments, strict=True) if m.seen for name in g.names}
 
 
 def cut(matrix: nn.Module, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> tuple[MPO, float]:

@@ -1,7 +1,7 @@
 """A profile as a page: sections of text, figures and tables, from plain data.
 
-`layer_sections` draws the measured layer profile, `spectrum_sections` Schmidt spectra and entropies by depth, and
-`figures.loss_map` a map of any value per matrix; `write_page` puts sections into one self-contained HTML file.
+`layer_sections` draws the measured layer profile, `fast_sections` the predicted one of the whole model, `spectrum_sections` Schmidt
+spectra and entropies by depth, `figures.loss_map` a map of any value per matrix; `write_page` makes one self-contained HTML file.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from bondsmith.stages.figures import (
     place,
     short_labels,
 )
+from bondsmith.stages.profile import MatrixProfile, Profile
 from bondsmith.stages.profile_layers import LayerPoint, LayerProfile
 from bondsmith.stages.report import environment
 from bondsmith.stages.wording import measured, number, percent
 from bondsmith.tensor.algebra import entropy
+from bondsmith.tensor.sites import Sites
 
 _METRICS = {
     "frobenius": "by singular values of the weights alone (the paper's way)",
@@ -94,6 +96,56 @@ def layer_sections(profile: LayerProfile) -> list[Section]:
     title = f"Where it hurts, at {100 * middle:g} % of each matrix"
     sections += [Section(title, [], [heat])] if heat else []
     return [*sections, Section("All points", [], [], [_points_table(profile)])]
+
+
+def fast_sections(profile: Profile) -> list[Section]:
+    """Returns the sections of a fast profile: maps of predicted losses, curves against size, spectra and entropies."""
+    unit = "nats a token" if profile.metric == "loss" else "of the output energy"
+    label = f"predicted loss, {unit}"
+    curves = {m.name: [(bond, _stored_share(m, bond)) for bond in _bonds(m)] for m in profile.matrices}
+    losses = {m.name: m.cut_losses() for m in profile.matrices}
+    half = {n: float(losses[n][min(spots, key=lambda b: abs(b[1] - 0.5))[0]]) for n, spots in curves.items()}
+    maps = [loss_map(half, "Predicted loss at half of the parameters", unit)]
+    text = ["Each matrix cut to half of its parameters, all else as it is."]
+    if all(64 in m.rounding for m in profile.matrices):
+        rounded = {m.name: m.unit * m.rounding[64] / (2**3 - 1) ** 2 for m in profile.matrices}
+        text = [
+            "Above: each matrix cut to half of its parameters. Below: each rounded to 3 bits in groups of 64, uncut."
+        ]
+        maps.append(loss_map(rounded, "Predicted loss of rounding to 3 bits", unit))
+    placed = {name: place(name) for name in curves if place(name)[0] is not None}
+    labels = short_labels(kind for _, kind in placed.values())
+    deepest = max((block or 0 for block, _ in placed.values()), default=0)
+    every = [float(losses[name][bond]) for name, spots in curves.items() for bond, _ in spots]
+    x, y = axis("parameters kept, of the matrix", [0.0, 1.0]), axis(label, every, log=True)
+    panels = []
+    for kind, short in labels.items():
+        lines = []
+        for name, (block, own) in placed.items():
+            if own == kind:
+                points = tuple(Point(share, float(losses[name][bond])) for bond, share in curves[name])
+                lines.append(Line(f"block {block}", round(9 * (block or 0) / max(1, deepest)), points))
+        panels.append(Panel(short, tuple(lines), x, y))
+    caption = f"{profile.metric} metric, {profile.tokens:,} calibration tokens; one line per block, the same axes in all panels."
+    drawn = Curves(tuple(panels), caption, ramp=("block 0", f"block {deepest}"), marks=False)
+    words = {"frobenius": "weights", "input": "weights in the metric of their inputs"}
+    spectra = {m.name: m.spectrum for m in profile.matrices}
+    return [
+        Section("Predicted loss", text, [m for m in maps if m is not None]),
+        Section("Predicted loss against size", [], [drawn]),
+        *spectrum_sections(spectra, words.get(profile.metric, "weights in the metric of the loss")),
+    ]
+
+
+def _bonds(matrix: MatrixProfile) -> list[int]:
+    """Returns some two dozen bonds from 1 to the last that cuts anything."""
+    full = min(matrix.out_features, matrix.in_features)
+    return sorted({max(1, round(full * i / 24)) for i in range(24)} - {full})
+
+
+def _stored_share(matrix: MatrixProfile, bond: int) -> float:
+    rows, columns = matrix.out_features, matrix.in_features
+    return Sites((rows, 1), (1, columns)).parameters((bond,), gauge=True) / (rows * columns)
 
 
 def spectrum_sections(spectra: Mapping[str, Tensor | Sequence[float]], metric: str) -> list[Section]:

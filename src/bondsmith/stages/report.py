@@ -91,6 +91,7 @@ def comparison(results: Mapping[str, Any]) -> list[Row]:
     """The rows of original against compressed, in the order of size, quality, tasks, speed."""
     return [
         *_size_rows(results["size"]),
+        *_healing_rows(results.get("healing")),
         *(row for text in results.get("quality", ()) for row in _quality_rows(text)),
         *(_task_row(task) for task in results.get("tasks", ())),
         *(_speed_row(name, run) for name, run in results.get("speed", {}).items()),
@@ -128,6 +129,18 @@ def _size_rows(sizes: Mapping[str, Any]) -> Iterator[Row]:
         yield Row("Size", label, size(before[field]), size(after["bytes"]), _times(after["bytes"], before[field]))
     work = before["multiply_adds"], after["multiply_adds"]
     yield Row("Size", "Multiply-adds per token", count(work[0]), count(work[1]), _times(work[1], work[0]))
+
+
+def _healing_rows(healing: Mapping[str, Any] | None) -> Iterator[Row]:
+    if healing is None:
+        return
+    curve = {entry["step"]: entry for entry in healing["curve"]}
+    before, after = curve[0], curve[healing["best_step"]]
+    section = f"Healed with {count(after['tokens'])} tokens (fitted, healed; held-out text)"
+    for field, label in (("kl", "KL to the original, nats/token"), ("perplexity", "Perplexity")):
+        if field in after:
+            change = _times(after[field], before[field])
+            yield Row(section, label, number(before[field]), number(after[field]), change)
 
 
 def _quality_rows(text: Mapping[str, Any]) -> Iterator[Row]:

@@ -8,7 +8,7 @@ minimised, others have budgets. HiGHS (through scipy) solves it by branch and bo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Amounts = Mapping[str, Floats]
-_FULL = 1 - 2e-6  # HiGHS takes a budget as met when it is passed by a millionth
+_TIGHT = 1 - 2e-6  # HiGHS takes a budget as met when it is passed by a millionth
 
 
 class InfeasibleError(ValueError):
@@ -73,6 +73,15 @@ def choose(
     True
     """
     problem = _Problem.build(items, budgets, minimise)
+    for limit in (1.0, _TIGHT):
+        choice = _choose(items, replace(problem, limit=limit), gap, seconds)
+        if all(choice.totals[q] <= b * (1 + 1e-12) for q, b in budgets.items()):
+            break
+    return choice
+
+
+def _choose(items: Sequence[Sequence[Way]], problem: _Problem, gap: float, seconds: float) -> Choice:
+    """Returns the choice; the linear relaxation bounds what any column can lead to, and only near ones go into the branch and bound."""
     bound, reduced = problem.relax()
     room = max(1e-3 * abs(bound), 1e-12)
     while True:
@@ -96,6 +105,7 @@ class _Problem:
         place: of candidates (item, way, member, index), of ways (item, way, -1, -1).
         group: number of the member that a candidate belongs to; of ways, of its item.
         way: number of the way of every column.
+        limit: share of every budget that may be used.
     """
 
     cost: Floats
@@ -104,6 +114,7 @@ class _Problem:
     group: NDArray[np.int64]
     way: NDArray[np.int64]
     budgets: Mapping[str, float]
+    limit: float = 1.0
 
     @classmethod
     def build(cls, items: Sequence[Sequence[Way]], budgets: Mapping[str, float], minimise: str) -> _Problem:
@@ -167,14 +178,14 @@ class _Problem:
         from scipy.optimize import linprog
 
         matrix, right = self.equalities(np.arange(len(self.cost)))
-        limits = np.full(len(self.amounts), _FULL)
+        limits = np.full(len(self.amounts), self.limit)
         cost = self.cost / self.scale
         found = linprog(cost, self.amounts, limits, matrix, right, bounds=(0, 1), method="highs")
         if found.x is None:
             raise InfeasibleError(*self.tightest())
         prices = np.maximum(0.0, -found.ineqlin.marginals)
         least, reduced = self._least(cost + prices @ self.amounts)
-        return float(least - _FULL * prices.sum()), reduced
+        return float(least - self.limit * prices.sum()), reduced
 
     def _least(self, priced: Floats) -> tuple[float, Floats]:
         """Returns the least total of `priced` with no budget, and by how much it rises when a column must be used."""
@@ -211,7 +222,7 @@ class _Problem:
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(matrix, right, right),
-                LinearConstraint(self.amounts[:, columns], -np.inf, _FULL),
+                LinearConstraint(self.amounts[:, columns], -np.inf, self.limit),
             ],
             options={"mip_rel_gap": gap, "time_limit": seconds},
         )

@@ -6,6 +6,7 @@ O)` the output moment, `k` a bond. The error of a layer is `tr(B D C D^T)`; `Non
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from bondsmith.tensor.metric import relative_error as relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.sites import Sites
 from bondsmith.tensor.svd import leading_eigenvectors, leading_left_vectors
+
+log = logging.getLogger(__name__)
 
 
 def sequential_svd(weight: Tensor, sites: Sites, bonds: int | Sequence[int]) -> MPO:
@@ -34,7 +37,7 @@ def sequential_svd(weight: Tensor, sites: Sites, bonds: int | Sequence[int]) -> 
     check_matrix(weight)
     check_sites(weight, sites)
     rest, left, cores = interleave(weight.to(torch.float64), sites), 1, []
-    for o, i, bond in zip(sites.out_legs, sites.in_legs, sites.clip(bonds), strict=False):
+    for o, i, bond in zip(sites.out_legs, sites.in_legs, clip_bonds(sites, bonds), strict=False):
         matrix = rest.reshape(left * o * i, -1)
         basis = leading_left_vectors(matrix, bond)
         cores.append(basis.reshape(left, o, i, -1))
@@ -64,7 +67,7 @@ def whitened_cut(
     """
     check_matrix(weight)
     out_features, in_features = weight.shape
-    (bond,) = Sites((out_features, 1), (1, in_features)).clip(bond)
+    (bond,) = clip_bonds(Sites((out_features, 1), (1, in_features)), bond)
     sides = _Side("input", input_moment, input_root), _Side("output", output_moment, output_root)
     short, whitened, gram = _whiten_short_side(weight, *sides, damping)
     basis = leading_eigenvectors(gram, bond)
@@ -114,14 +117,40 @@ def propagated_target(
         )
     W = weight.to(torch.float64)
     moved = torch.cat([W @ columns.to(torch.float64) for columns in difference.split(1024, 1)], 1)
-    shift = moment_root(input_moment, damping, "input moment").solve(moved.T).T
-    return torch.add(W, shift, alpha=alpha).to(weight.dtype)
+    return shifted_target(weight, moved, input_moment, alpha, damping)
+
+
+def shifted_target(
+    weight: Tensor, moved: Tensor, input_moment: Tensor, alpha: float = 0.5, damping: float = 1e-2
+) -> Tensor:
+    """`W + alpha M (E[xh xh^T] + damping * mean(diag))^-1` with `M = moved = E[(y - W xh) xh^T]`, in the dtype of `weight`.
+
+    `propagated_target` for a layer that reads fewer channels than its original, which gave `y`: there `(O, h)` outputs are
+    compared, where inputs of unlike width cannot be.
+    """
+    check_matrix(weight)
+    if moved.shape != weight.shape:
+        raise ValueError(f"the moment of outputs has shape {tuple(moved.shape)}, the weight {tuple(weight.shape)}")
+    shift = moment_root(input_moment, damping, "input moment").solve(moved.to(torch.float64).T).T
+    return torch.add(weight.to(torch.float64), shift, alpha=alpha).to(weight.dtype)
 
 
 def interleave(weight: Tensor, sites: Sites) -> Tensor:
     """`(O, I)` as the tensor `(o_1, i_1, o_2, i_2, ...)`."""
     order = [axis for k in range(sites.n) for axis in (k, sites.n + k)]
     return weight.reshape(*sites.out_legs, *sites.in_legs).permute(order)
+
+
+def clip_bonds(sites: Sites, bonds: int | Sequence[int]) -> tuple[int, ...]:
+    """`sites.clip(bonds)`, with a note in the log where it cuts bonds down."""
+    clipped = sites.clip(bonds)
+    if any(bond > kept for bond, kept in zip(_each(sites, bonds), clipped, strict=True)):
+        log.info("sites %s are exact at bonds %s: bonds %s are cut down to these", sites, sites.exact_bonds(), bonds)
+    return clipped
+
+
+def _each(sites: Sites, bonds: int | Sequence[int]) -> Sequence[int]:
+    return (bonds,) * (sites.n - 1) if isinstance(bonds, int) else bonds
 
 
 def check_sites(weight: Tensor, sites: Sites) -> None:

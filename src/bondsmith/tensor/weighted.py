@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.fit import check_sites, sequential_svd, whitened_cut
+from bondsmith.tensor.fit import check_sites, clip_bonds, sequential_svd, whitened_cut
 from bondsmith.tensor.metric import DAMPING, Root, damped, moment_root, relative_error
 from bondsmith.tensor.mpo import MPO, fold
 from bondsmith.tensor.sites import Sites
@@ -75,7 +75,7 @@ def fit_mpo(
     """
     check_matrix(weight)
     check_sites(weight, sites)
-    bonds = sites.clip(bonds)
+    bonds = clip_bonds(sites, bonds)
     if sites.is_matrix_cut:
         mpo = whitened_cut(weight, bonds[0], input_moment=input_moment, output_moment=output_moment, damping=damping)
         error = relative_error(weight, mpo.to_matrix(), input_moment, output_moment)

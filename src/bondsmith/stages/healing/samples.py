@@ -19,7 +19,7 @@ from torch import Tensor
 from bondsmith import data
 from bondsmith.data import SELF, DataError, documents
 
-_OPEN = 64  # windows that wait for a piece that fits
+_LOOK_BACK = 64  # windows that are searched for room
 
 Piece = tuple[list[int], list[bool]]
 
@@ -112,58 +112,50 @@ def read_samples(
 
 def _pack(rows: Iterable[Any], spec: str, tokenizer: Any, count: int, window: int, answers: bool) -> Windows:
     """Returns up to `count` windows of the first documents that fill them."""
-    packer = _Packer(window, _padding(tokenizer))
+    packer = _Packer(window, count, _padding(tokenizer))
     used = split = 0
     for row in rows:
-        if len(packer.closed) >= count:
-            break
         pieces = list(_split(_tokenise(row, spec, tokenizer, answers), window))
-        used, split = used + 1, split + (len(pieces) > 1)
-        for piece in pieces:
-            packer.add(piece)
-    if len(packer.closed) < count:
-        packer.close_all()
-    ids, positions, counts = packer.tensors(count)
+        placed = [packer.add(piece) for piece in pieces]
+        used, split = used + any(placed), split + (len(pieces) > 1 and any(placed))
+        if not all(placed):
+            break
+    ids, positions, counts = packer.tensors()
     return Windows(ids, positions, counts, used, split)
 
 
 class _Packer:
-    """Puts pieces into the first window with room for them (first fit)."""
+    """Puts pieces into the first of at most `count` windows with room for them (first fit)."""
 
-    def __init__(self, window: int, padding: int):
-        self.window, self.padding = window, padding
-        self.open: list[list[Piece]] = []
-        self.closed: list[list[Piece]] = []
+    def __init__(self, window: int, count: int, padding: int):
+        self.window, self.count, self.padding = window, count, padding
+        self.windows: list[list[Piece]] = []
+        self.room: list[int] = []
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: Piece) -> bool:
+        """Returns False, and does nothing, where no window has room; a piece with nothing to predict needs none."""
         size = len(piece[0])
-        for place, pieces in enumerate(self.open):
-            room = self.window - sum(len(p[0]) for p in pieces)
-            if size <= room:
-                pieces.append(piece)
-                if room - size < 2:
-                    self.closed.append(self.open.pop(place))
-                return
-        if size >= self.window - 1:
-            self.closed.append([piece])
-        else:
-            self.open.append([piece])
-        if len(self.open) > _OPEN:
-            fullest = max(range(len(self.open)), key=lambda i: sum(len(p[0]) for p in self.open[i]))
-            self.closed.append(self.open.pop(fullest))
+        if size < 2 or not any(piece[1][1:]):
+            return True
+        behind = max(0, len(self.windows) - _LOOK_BACK)
+        place = next((i for i in range(behind, len(self.windows)) if self.room[i] >= size), None)
+        if place is None:
+            if len(self.windows) == self.count:
+                return False
+            place = len(self.windows)
+            self.windows.append([])
+            self.room.append(self.window)
+        self.windows[place].append(piece)
+        self.room[place] -= size
+        return True
 
-    def close_all(self) -> None:
-        """Closes the windows that still have room, the fullest first."""
-        self.closed += sorted(self.open, key=lambda pieces: -sum(len(p[0]) for p in pieces))
-        self.open = []
-
-    def tensors(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ids, positions and counts of the first `count` windows that have something to predict."""
-        useful = [w for w in self.closed if any(any(p[1]) for p in w)][:count]
-        ids = torch.full((len(useful), self.window), self.padding)
-        positions = torch.zeros(len(useful), self.window, dtype=torch.int64)
-        counts = torch.zeros(len(useful), self.window, dtype=torch.bool)
-        for row, pieces in enumerate(useful):
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ids, positions and counts of all windows."""
+        shape = (len(self.windows), self.window)
+        ids = torch.full(shape, self.padding)
+        positions = torch.zeros(shape, dtype=torch.int64)
+        counts = torch.zeros(shape, dtype=torch.bool)
+        for row, pieces in enumerate(self.windows):
             first = 0
             for tokens, loss in pieces:
                 last = first + len(tokens)

@@ -1,0 +1,343 @@
+"""bondsmith heal: closer to the original, never half a model on disk, the same bytes however often it was killed, clear about bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny, tiny_model, tiny_tokenizer, write_text
+from safetensors.torch import load_file
+
+import bondsmith
+from bondsmith import cli
+from bondsmith.data import DataError
+from bondsmith.model.source import ModelError
+from bondsmith.rundir import RunError
+from bondsmith.stages.healing import loop
+from bondsmith.stages.healing.losses import Sums
+from bondsmith.stages.healing.settings import HealError
+
+SETTINGS: dict[str, Any] = {
+    "tokens": 5120,
+    "window": 64,
+    "batch": 8,
+    "micro_batch": 4,
+    "learning_rate": 0.01,
+    "validate_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, a text and the compressed model."""
+    path = tmp_path_factory.mktemp("heal")
+    save_tiny(path / "model")
+    write_text(path / "text.txt", 8000)
+    shared = {"evaluation": [str(path / "text.txt")], "window": 64, "evaluation_windows": 2}
+    bondsmith.compress(path / "model", path / "small", keep=0.3, uniform=True, metric="frobenius", **shared)
+    return path
+
+
+def heal(home: Path, out: Path, **changes: Any) -> bondsmith.Healed:
+    return bondsmith.heal(home / "small", out, **({"data": [str(home / "text.txt")]} | SETTINGS | changes))
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(directory.glob("bondsmith-*"))}
+
+
+def test_it_comes_closer_to_the_original(home: Path, tmp_path: Path) -> None:
+    before = weights(home / "small")
+    done = heal(home, tmp_path / "out")
+    curve = done.healing["curve"]
+    assert [e["step"] for e in curve] == [0, 2, 4, 6, 8, 10]
+    assert curve[-1]["kl"] < 0.6 * curve[0]["kl"]
+    assert done.healing["best_step"] == min(curve, key=lambda e: e["kl"])["step"]
+    assert weights(home / "small") == before
+    old, new = (json.loads((d / "results.json").read_text()) for d in (home / "small", tmp_path / "out"))
+    assert new["healing"]["curve"] == curve
+    assert new["size"] == old["size"]
+    assert new["quality"][0]["kl"] != old["quality"][0]["kl"]
+    assert "Healed" in (tmp_path / "out" / "report.html").read_text()
+    assert str(done).count("\n") == len(curve)
+    ids = torch.arange(3, 40)[None]
+    assert torch.isfinite(done.load()(input_ids=ids).logits).all()
+    assert not list(tmp_path.glob("*.partial"))
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_files_keep_their_form_and_only_networks_and_norms_change(home: Path, tmp_path: Path) -> None:
+    done = heal(home, tmp_path / "out", evaluate=False)
+    changed = set()
+    for file in (home / "small").glob("bondsmith-*.safetensors"):
+        old, new = load_file(file), load_file(done.path / file.name)
+        assert {n: (t.shape, t.dtype) for n, t in old.items()} == {n: (t.shape, t.dtype) for n, t in new.items()}
+        changed |= {n for n in old if not torch.equal(old[n], new[n])}
+    assert any("cores" in n for n in changed)
+    assert all("cores" in n or "pivots" in n or "norm" in n for n in changed)
+    everything = heal(home, tmp_path / "all", evaluate=False, embeddings=True)
+    old, new = (load_file(d / "bondsmith-00001-of-00004.safetensors") for d in (done.path, everything.path))
+    assert not torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+
+
+def test_in_place_and_with_the_original_resident(home: Path, tmp_path: Path) -> None:
+    cached = heal(home, tmp_path / "cached", cache=tmp_path / "cache", evaluate=False)
+    place = Path(shutil.copytree(home / "small", tmp_path / "place"))
+    resident = bondsmith.heal(place, data=str(home / "text.txt"), resident=True, **SETTINGS)
+    assert resident.path == place
+    assert weights(place) != weights(home / "small")
+    for a, b in zip(cached.healing["curve"], resident.healing["curve"], strict=True):
+        assert b["kl"] == pytest.approx(a["kl"], rel=0.01)
+    written = next((tmp_path / "cache").glob("teacher-*/00000.safetensors")).stat().st_mtime_ns
+    heal(home, tmp_path / "again", cache=tmp_path / "cache", evaluate=False)
+    assert next((tmp_path / "cache").glob("teacher-*/00000.safetensors")).stat().st_mtime_ns == written
+
+
+def test_less_memory_or_half_precision_learn_the_same(home: Path, tmp_path: Path) -> None:
+    plain = heal(home, tmp_path / "plain", evaluate=False)
+    again = heal(home, tmp_path / "again", evaluate=False, checkpoint_activations=True)
+    for a, b in zip(plain.healing["curve"], again.healing["curve"], strict=True):
+        assert b["kl"] == pytest.approx(a["kl"], rel=1e-5)
+    half = heal(home, tmp_path / "half", evaluate=False, precision="bfloat16")
+    assert half.healing["curve"][-1]["kl"] < half.healing["curve"][0]["kl"]
+
+
+def test_without_a_teacher_it_learns_the_text(home: Path, tmp_path: Path) -> None:
+    done = heal(home, tmp_path / "out", teacher=False, tokens=10240, learning_rate=0.01, norm_rate=0.01)
+    curve = done.healing["curve"]
+    assert "kl" not in curve[0]
+    assert done.healing["teacher"] is None
+    assert curve[-1]["perplexity"] < 0.8 * curve[0]["perplexity"]
+    assert "quality" not in json.loads((done.path / "results.json").read_text())
+
+
+def test_it_stops_when_it_no_longer_helps_and_keeps_the_best(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.HealSettings, "rate", lambda *_: -1.0)  # uphill
+    done = heal(home, tmp_path / "out", validate_every=1, patience=3, evaluate=False)
+    assert done.healing["best_step"] == 0
+    assert done.healing["steps"] == 3
+    ids = torch.arange(3, 40)[None]
+    models = [bondsmith.load(d, dtype=torch.float32) for d in (home / "small", done.path)]
+    with torch.no_grad():
+        first, second = (m(input_ids=ids).logits for m in models)
+    assert torch.allclose(first, second, atol=1e-4)
+
+
+# interrupted
+
+
+def command(home: Path, out: Path, *more: str) -> list[str]:
+    given = [f"--{k.replace('_', '-')}={v}" for k, v in SETTINGS.items()]
+    return [
+        "heal",
+        str(home / "small"),
+        "--data",
+        str(home / "text.txt"),
+        "--out",
+        str(out),
+        *given,
+        "--no-evaluate",
+        *more,
+    ]
+
+
+def run_cli(arguments: list[str], slow: float) -> None:
+    torch.set_num_threads(1)
+    sys.argv = ["bondsmith", *arguments]
+    step = loop.Loop._train_step
+
+    def slower(self: Any) -> float:
+        time.sleep(slow)
+        return step(self)
+
+    loop.Loop._train_step = slower  # type: ignore[method-assign]
+    with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
+        cli.main()
+
+
+def kill_when(arguments: list[str], reached: Callable[[], bool]) -> bool:
+    child = multiprocessing.get_context("fork").Process(target=run_cli, args=(arguments, 0.05))
+    child.start()
+    assert child.pid is not None
+    while child.is_alive():
+        if reached():
+            os.kill(child.pid, signal.SIGKILL)
+            break
+        time.sleep(0.0005)
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def test_killed_again_and_again_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    whole = heal(home, tmp_path / "whole", evaluate=False)
+    out, work = tmp_path / "out", tmp_path / "out.partial" / "work"
+
+    def step() -> int:
+        return json.loads((work / "latest.json").read_text())["step"] if (work / "latest.json").is_file() else -1
+
+    moments: list[Callable[[], bool]] = [
+        lambda: next(work.glob("teacher-*/*.safetensors"), None) is not None,
+        lambda: step() == 2,
+        lambda: (work / "state-00000004").is_dir(),
+        lambda: step() == 6,
+        lambda: (work / "state-00000008").is_dir(),
+    ]
+    killed = 0
+    for reached in moments:
+        killed += kill_when(command(home, out, "--resume"), reached)
+        assert not out.exists()
+    assert killed == len(moments)
+    again = heal(home, out, resume=True, evaluate=False)
+    assert weights(out) == weights(whole.path)
+    assert again.healing["curve"] == whole.healing["curve"]
+
+
+def stopped(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> Path:
+    """A healing that was interrupted in step `at`."""
+    real = loop.Loop._train_step
+
+    def step(self: Any) -> float:
+        if self.step == at:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            heal(home, out, evaluate=False)
+    return out.with_name(out.name + ".partial")
+
+
+def test_a_resume_with_other_settings_says_which(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = stopped(home, tmp_path / "out", monkeypatch)
+    with pytest.raises(RunError, match="--resume goes on"):
+        heal(home, tmp_path / "out")
+    with pytest.raises(
+        RunError, match=r"learning_rate was 0\.01, is 0\.1; batch was 8, is 4|batch was 8, is 4; learning_rate was"
+    ):
+        heal(home, tmp_path / "out", resume=True, learning_rate=0.1, batch=4)
+    with pytest.raises(RunError, match=r"teacher was .*model, is None"):
+        heal(home, tmp_path / "out", resume=True, teacher=False)
+    assert json.loads((partial / "work" / "latest.json").read_text())["step"] == 4
+    assert heal(home, tmp_path / "out", resume=True, evaluate=False).healing["steps"] == 10
+
+
+def test_finish_writes_the_best_so_far(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(home, tmp_path / "out", monkeypatch)
+    done = heal(home, tmp_path / "out", finish=True, evaluate=False)
+    assert done.healing["steps"] == 4
+    assert done.healing["curve"][-1]["step"] == 4
+    assert weights(done.path) != weights(home / "small")
+    with pytest.raises(HealError, match="no checkpoint to finish with"):
+        heal(home, tmp_path / "fresh", finish=True)
+
+
+# bad input
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    real, calls = loop.token_sums, []
+
+    def broken(*args: Any) -> Sums:
+        sums = real(*args)
+        calls.append(1)
+        if not torch.is_grad_enabled() or len([c for c in calls if c]) < 20:
+            return sums
+        factor = math.nan if what == "loss" else 1.0
+        if what == "gradient":
+            sums.kl.register_hook(lambda g: g * math.nan)
+        return Sums(sums.kl * factor, sums.ce, sums.tokens)
+
+    monkeypatch.setattr(loop, "token_sums", broken)
+    with pytest.raises(
+        HealError, match=rf"step \d+: the {what} is nan on windows \d+, .*the state of step \d+ is kept: --finish"
+    ):
+        heal(home, tmp_path / "out")
+    monkeypatch.undo()
+    note = json.loads((tmp_path / "out.partial" / "work" / "latest.json").read_text())
+    done = heal(home, tmp_path / "out", finish=True, evaluate=False)
+    assert done.healing["steps"] == note["step"]
+    assert all(
+        torch.isfinite(t).all() for f in done.path.glob("bondsmith-*.safetensors") for t in load_file(f).values()
+    )
+
+
+def refuses(home: Path, tmp_path: Path, error: type[Exception], match: str, **changes: Any) -> None:
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(error, match=match) as caught:
+        heal(home, tmp_path / "out", **changes)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before, "something was left behind"
+
+
+def test_a_teacher_with_another_vocabulary(home: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tiny_model("llama", vocab_size=600).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    refuses(
+        home, tmp_path, HealError, "vocabulary of 600 words, .* one of 512: a teacher must have the same", teacher=other
+    )
+
+
+def test_a_teacher_that_is_not_there(home: Path, tmp_path: Path) -> None:
+    refuses(
+        home, tmp_path, HealError, "cannot be opened .*--teacher MODEL.*--no-teacher", teacher=str(tmp_path / "gone")
+    )
+
+
+def test_a_directory_that_is_not_ours(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not a model that bondsmith wrote"):
+        bondsmith.heal(home / "model", data=str(home / "text.txt"))
+
+
+def test_too_little_text(home: Path, tmp_path: Path) -> None:
+    text = tmp_path / "small.txt"
+    text.write_text("w3 w4")
+    refuses(home, tmp_path, DataError, r"too short", data=str(text))
+    text.write_text("")
+    refuses(home, tmp_path, DataError, r"empty", data=str(text))
+
+
+def test_chats_for_a_model_without_a_template(home: Path, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(home / "small", tmp_path / "plain"))
+    (plain / "chat_template.jinja").unlink()
+    chats = tmp_path / "chats.jsonl"
+    row = {"messages": [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5 w6 w7"}]}
+    chats.write_text("".join(json.dumps(row) + "\n" for _ in range(400)))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"no chat template.*--loss-on all"):
+        bondsmith.heal(plain, tmp_path / "out", data=str(chats), teacher=False, **SETTINGS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    done = bondsmith.heal(plain, tmp_path / "out", data=str(chats), teacher=False, loss_on="all", **SETTINGS)
+    assert done.healing["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"tokens": 100}, "100 do not fill one step of 8 windows"),
+        ({"batch": 0}, "batch: 0 is less than 1"),
+        ({"learning_rate": 0.0}, r"learning_rate: 0\.0 is not above 0"),
+        ({"kl_weight": 0.0, "ce_weight": 0.0}, "both 0"),
+        ({"loss_on": "some"}, "'some' is not one of auto, all, answers"),
+        ({"warmup": 1.0}, r"warmup: 1\.0 is not in"),
+        ({"lerning_rate": 1.0}, "did you mean learning_rate"),
+        ({"tokens": 1.5}, r"1\.5 is not a whole number"),
+    ],
+)
+def test_settings_that_cannot_work(home: Path, tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    refuses(home, tmp_path, HealError, match, **changes)
