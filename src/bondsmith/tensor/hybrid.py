@@ -72,15 +72,17 @@ def fit_hybrid(
     True
     """
     C = torch.eye(weight.shape[1], device=weight.device) if input_moment is None else input_moment
-    moments = {"input_moment": C, "output_moment": output_moment}
+    B = output_moment
     found: list[tuple[float, Hybrid]] = []
     rounded = gptq(weight, grid, C)
     for left in range(rounds, -1, -1):
         rest = weight - rounded.dequantize()
-        cut = whitened_cut(rest, bond, damping=damping, **moments)
-        network = None if network_grid is None else round_network(rest, cut, network_grid, damping=damping, **moments)
+        cut = whitened_cut(rest, bond, input_moment=C, output_moment=B, damping=damping)
+        network = None
+        if network_grid is not None:
+            network = round_network(rest, cut, network_grid, input_moment=C, output_moment=B, damping=damping)
         hybrid = Hybrid(rounded, cut, network)
-        found.append((relative_error(weight, hybrid.to_matrix(), C, output_moment), hybrid))
+        found.append((relative_error(weight, hybrid.to_matrix(), C, B), hybrid))
         if left:
             rounded = gptq(weight - hybrid._cut_matrix(), grid, C)
     return min(found, key=lambda pair: pair[0])[1]
