@@ -63,7 +63,7 @@ def test_a_bitsandbytes_checkpoint_is_dequantised_to_what_it_computes_with(
     assert 1e-4 < lost < (0.12 if kind == "nf4" else 0.01)
     with torch.no_grad():
         found, expected = (m(input_ids=IDS).logits.float() for m in (opened, quantised))
-    assert (found - expected).norm() < (0.01 if kind == "nf4" else 0.05) * expected.norm()  # int8 rounds activations too
+    assert (found - expected).norm() < (0.03 if kind == "nf4" else 0.05) * expected.norm()  # they round activations too
     assert not hasattr(source.config, "quantization_config")
     done = bondsmith.compress(
         tmp_path / "model", tmp_path / "out", keep=0.7, calibration=[str(text)], tokens=512, window=32, evaluate=False
