@@ -105,9 +105,8 @@ def _options(entries: Mapping[str, MatrixPlan], recipe: Recipe, profile: Profile
         names = (*bonds[name].writers, bonds[name].reader) if name in bonds else (name,)
         done |= set(names)
         ways = [_whole([entries[n] for n in names], curves, recipe)]
-        ways += [
-            _reduced(entries, level, bonds[name], recipe) for level in (bonds[name].levels if name in bonds else ())
-        ]
+        if name in bonds and not any(recipe.spares(n) for n in names):
+            ways += [_reduced(entries, level, bonds[name], recipe) for level in bonds[name].levels]
         useful = [way for way in ways if all(way.members)]
         if not useful:
             low, high = _bounds(name, recipe)
