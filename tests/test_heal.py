@@ -140,6 +140,26 @@ def test_it_stops_when_it_no_longer_helps_and_keeps_the_best(
     assert torch.allclose(first, second, atol=1e-4)
 
 
+def test_matrices_that_lost_channels_are_trained_too(home: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "calibration": [str(home / "text.txt")],
+        "tokens": 2048,
+        "window": 64,
+        "evaluate": False,
+    }
+    small = bondsmith.compress(home / "model", tmp_path / "small", keep=0.4, channels=True, **settings).path
+    networks = json.loads((small / "config.json").read_text())["quantization_config"]["networks"]
+    reduced = {f"{name}.weight" for name, network in networks.items() if not network.get("sites")}
+    if not reduced:
+        pytest.skip("the plan drops no channels")
+    done = bondsmith.heal(small, tmp_path / "out", data=str(home / "text.txt"), evaluate=False, **SETTINGS)
+    changed = set()
+    for file in small.glob("bondsmith-*.safetensors"):
+        old, new = load_file(file), load_file(done.path / file.name)
+        changed |= {n for n in old if not torch.equal(old[n], new[n])}
+    assert reduced <= changed
+
+
 # rounded
 
 
