@@ -147,7 +147,8 @@ def test_matrices_that_lost_channels_are_trained_too(home: Path, tmp_path: Path)
     networks = json.loads((small / "config.json").read_text())["quantization_config"]["networks"]
     reduced = {f"{name}.weight" for name, network in networks.items() if not network.get("sites")}
     assert reduced, "the plan drops no channels: another model is needed here"
-    done = bondsmith.heal(small, tmp_path / "out", data=str(home / "text.txt"), evaluate=False, **SETTINGS)
+    gently = SETTINGS | {"learning_rate": 0.002}
+    done = bondsmith.heal(small, tmp_path / "out", data=str(home / "text.txt"), evaluate=False, **gently)
     changed = set()
     for file in small.glob("bondsmith-*.safetensors"):
         old, new = load_file(file), load_file(done.path / file.name)
