@@ -25,11 +25,11 @@ from bondsmith import cli
 from bondsmith.data import DataError
 from bondsmith.model.checkpoint import write_index, write_shard
 from bondsmith.model.source import ModelError
-from bondsmith.recipe import grid_of
+from bondsmith.recipe import Recipe, grid_of
 from bondsmith.rundir import RunError
 from bondsmith.stages.healing import loop
 from bondsmith.stages.healing.losses import Sums
-from bondsmith.stages.healing.settings import HealError, HealSettings
+from bondsmith.stages.healing.settings import HealError, HealSettings, read_settings
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 SETTINGS: dict[str, Any] = {
@@ -428,3 +428,11 @@ def test_chats_for_a_model_without_a_template(home: Path, tmp_path: Path) -> Non
 )
 def test_settings_that_cannot_work(home: Path, tmp_path: Path, changes: dict[str, Any], match: str) -> None:
     refuses(home, tmp_path, HealError, match, **changes)
+
+
+def test_the_recipes_that_come_with_it_are_valid() -> None:
+    folder = Path(__file__).parents[1] / "recipes"
+    assert Recipe.read(folder / "blockwise.yaml", keep=0.6).blockwise > 0
+    assert HealSettings.from_settings(read_settings(folder / "heal.yaml") | {"data": "a.txt"}).steps > 100
+    with pytest.raises(HealError, match="no such recipe file"):
+        read_settings(folder / "nothing.yaml")
