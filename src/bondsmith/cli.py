@@ -164,6 +164,9 @@ def heal(
     window: Annotated[int | None, typer.Option(help="Tokens per window (512).")] = None,
     loss_on: Annotated[str | None, typer.Option(help="all tokens, or answers of chats; auto.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Train embedding and head too.")] = False,
+    round_bits: Annotated[
+        int | None, typer.Option(help="Round the cores to so many bits in every pass, for a rounding to come.")
+    ] = None,
     checkpoint_activations: Annotated[
         bool, typer.Option("--checkpoint-activations", help="Less memory, a third more time.")
     ] = False,
@@ -194,6 +197,7 @@ def heal(
         "kl_weight": kl_weight,
         "ce_weight": ce_weight,
         "embeddings": embeddings or None,
+        "round_bits": round_bits,
         "loss_on": loss_on,
         "validation_windows": validation_windows,
         "validate_every": validate_every,

@@ -166,7 +166,7 @@ class MPOLinear(nn.Module):
         if pivots is None:
             y = first(z)
         elif x.numel() < self._gather_below or not _is_plain(first):
-            y = _Reorder.apply(torch.cat((z, first(z)), -1), pivots)
+            y = reorder(torch.cat((z, first(z)), -1), pivots)
         else:
             y = F.linear(z, left_factor(_stored(first), pivots))
         return y if bias is None else y + bias.to(y.dtype)  # under autocast as nn.Linear
@@ -197,6 +197,12 @@ class MPOLinear(nn.Module):
         if self.gauge:
             shapes[:-1] = [(a * o * i - b, b) for a, o, i, b in self._shapes[:-1]]
         return shapes
+
+
+def reorder(y: Tensor, order: Tensor) -> Tensor:
+    """`y[..., order]` for a permutation `order`."""
+    moved: Tensor = _Reorder.apply(y, order)
+    return moved
 
 
 class _Reorder(torch.autograd.Function):

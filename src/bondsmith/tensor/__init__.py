@@ -1,6 +1,7 @@
 """The mathematics: site shapes, matrix product operators, fits. Imports torch and nothing else."""
 
 from bondsmith.tensor import algebra
+from bondsmith.tensor.exact import ExactCut, exact_cut, exact_spectrum
 from bondsmith.tensor.fit import cut_spectrum, propagated_target, sequential_svd, whitened_cut
 from bondsmith.tensor.gptq import gptq
 from bondsmith.tensor.metric import Root, moment_root, relative_error
@@ -13,6 +14,7 @@ from bondsmith.tensor.weighted import Fit, fit_mpo
 
 __all__ = [
     "MPO",
+    "ExactCut",
     "Fit",
     "Grid",
     "Root",
@@ -21,6 +23,8 @@ __all__ = [
     "algebra",
     "candidate_sites",
     "cut_spectrum",
+    "exact_cut",
+    "exact_spectrum",
     "fit_mpo",
     "gptq",
     "moment_root",

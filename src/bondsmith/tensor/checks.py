@@ -19,7 +19,7 @@ def check_matrix(weight: Tensor, name: str = "weight") -> None:
 
 def check_finite(tensor: Tensor, name: str) -> None:
     """Nothing, or ValueError that counts the entries that are NaN or infinite."""
-    bad = 0 if math.isfinite(float(tensor.sum())) else int(tensor.numel() - torch.isfinite(tensor).sum())
+    bad = 0 if math.isfinite(float(tensor.detach().sum())) else int(tensor.numel() - torch.isfinite(tensor).sum())
     if bad:
         raise ValueError(f"{name} holds {bad} NaN or infinite entries of {tensor.numel()}")
 
