@@ -61,3 +61,6 @@ def test_dtype_and_bad_counts():
         exact_cut(W, 2, 3, input_moment=moment(6, 1))
     with pytest.raises(ValueError, match=r"output moment has shape \(5, 5\)"):
         exact_spectrum(W, 2, output_moment=moment(5, 1))
+    indefinite = torch.eye(8) + 3 * (torch.ones(8, 8) - torch.eye(8))
+    with pytest.raises(ValueError, match=r"input moment is indefinite"):
+        exact_cut(W, 2, 3, input_moment=indefinite)

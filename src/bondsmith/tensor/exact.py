@@ -128,8 +128,7 @@ class _Parts:
         order = _ranked(energy * C.diagonal().to(torch.float64), count)
         moment = damped(C, damping).index_select(0, order).index_select(1, order)
         across = moment[count:, :count]
-        factor = torch.linalg.cholesky(moment[:count, :count])
-        carried = torch.cholesky_solve(across.T, factor).T
+        carried = moment_root(moment[:count, :count], 0.0, "input moment").solve(across.T).T
         left_over = moment_root(moment[count:, count:] - across @ carried.T, 0.0, "input moment")
         return cls(W[:, order[:count]], W[:, order[count:]], carried, left_over, order)
 
