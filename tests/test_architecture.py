@@ -16,11 +16,12 @@ LEVELS = {
     "stages": 3,
     "rundir": 3,
     "run": 4,
+    "planner": 5,
     "healing": 5,
-    "scoring": 5,
-    "pipeline": 5,
+    "scoring": 6,
+    "pipeline": 6,
     "profiling": 5,
-    "cli": 6,
+    "cli": 7,
 }
 HOME = "bondsmith"
 

@@ -18,15 +18,19 @@ import pytest
 import torch
 from conftest import save_tiny, tiny_model, tiny_tokenizer, write_text
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import bondsmith
 from bondsmith import cli
 from bondsmith.data import DataError
+from bondsmith.model.checkpoint import write_index, write_shard
 from bondsmith.model.source import ModelError
+from bondsmith.recipe import grid_of
 from bondsmith.rundir import RunError
 from bondsmith.stages.healing import loop
 from bondsmith.stages.healing.losses import Sums
-from bondsmith.stages.healing.settings import HealError
+from bondsmith.stages.healing.settings import HealError, HealSettings
+from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 SETTINGS: dict[str, Any] = {
     "tokens": 5120,
@@ -136,6 +140,60 @@ def test_it_stops_when_it_no_longer_helps_and_keeps_the_best(
     assert torch.allclose(first, second, atol=1e-4)
 
 
+# rounded
+
+
+def rounded(small: Path, place: Path, grid: Grid) -> Path:
+    """A compressed model with every core packed."""
+    shutil.copytree(small, place)
+    config = json.loads((place / "config.json").read_text())
+    packed, shards = {}, sorted(f.name for f in place.glob("bondsmith-*.safetensors"))
+    for shard in shards:
+        tensors = load_file(place / shard)
+        for name in [n for n in tensors if ".cores." in n]:
+            core = name.removesuffix(".weight")
+            packed[core] = grid.to_json()
+            tensors |= {f"{core}.{leaf}": t for leaf, t in round_to_nearest(tensors.pop(name), grid).tensors().items()}
+        write_shard(place / shard, tensors)
+    config["quantization_config"]["packed"] = packed
+    (place / "config.json").write_text(json.dumps(config))
+    write_index(place, shards)
+    return place
+
+
+def test_scales_and_norms_of_a_rounded_model_are_healed_and_its_integers_stay(home: Path, tmp_path: Path) -> None:
+    small = rounded(home / "small", tmp_path / "rounded", Grid(3, 16, symmetric=False))
+    done = bondsmith.heal(small, tmp_path / "out", data=str(home / "text.txt"), **(SETTINGS | {"norm_rate": 0.01}))
+    curve = done.healing["curve"]
+    assert curve[-1]["kl"] < 0.9 * curve[0]["kl"]
+    changed = set()
+    for file in small.glob("bondsmith-*.safetensors"):
+        old, new = load_file(file), load_file(done.path / file.name)
+        assert {n: (t.shape, t.dtype) for n, t in old.items()} == {n: (t.shape, t.dtype) for n, t in new.items()}
+        changed |= {n for n in old if not torch.equal(old[n], new[n])}
+    assert any("scales" in n for n in changed)
+    assert any("minima" in n for n in changed)
+    assert not any("codes" in n or "pivots" in n for n in changed)
+
+
+def divergence(home: Path, small: Path) -> float:
+    """KL of a model on disk to the original, on random words."""
+    ids = torch.randint(3, 128, (16, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = AutoModelForCausalLM.from_pretrained(home / "model", dtype=torch.float32)(input_ids=ids).logits
+        second = bondsmith.load(small, dtype=torch.float32)(input_ids=ids).logits
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_training_with_the_rounding_simulated_loses_less_when_it_comes(home: Path, tmp_path: Path) -> None:
+    shared = {"evaluate": False, "cache": tmp_path / "cache", "validate_every": 10}
+    plain = heal(home, tmp_path / "plain", **shared)
+    aware = heal(home, tmp_path / "aware", round_bits=2, round_group=16, **shared)
+    lost = [divergence(home, rounded(d.path, tmp_path / f"{d.path.name}-2", grid_of(2, 16))) for d in (plain, aware)]
+    assert lost[1] < 0.95 * lost[0]
+
+
 # interrupted
 
 
@@ -159,9 +217,9 @@ def run_cli(arguments: list[str], slow: float) -> None:
     sys.argv = ["bondsmith", *arguments]
     step = loop.Loop._train_step
 
-    def slower(self: Any) -> float:
+    def slower(self: Any, due: bool) -> Any:
         time.sleep(slow)
-        return step(self)
+        return step(self, due)
 
     loop.Loop._train_step = slower  # type: ignore[method-assign]
     with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
@@ -209,10 +267,10 @@ def stopped(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 5)
     """A healing that was interrupted in step `at`."""
     real = loop.Loop._train_step
 
-    def step(self: Any) -> float:
+    def step(self: Any, due: bool) -> Any:
         if self.step == at:
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, due)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "_train_step", step)
@@ -274,6 +332,19 @@ def test_a_loss_that_is_no_number(home: Path, tmp_path: Path, monkeypatch: pytes
     assert all(
         torch.isfinite(t).all() for f in done.path.glob("bondsmith-*.safetensors") for t in load_file(f).values()
     )
+
+
+def test_a_checkpoint_is_written_every_ten_minutes_at_least(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    partial = stopped(home, tmp_path / "out", monkeypatch)
+    assert json.loads((partial / "work" / "latest.json").read_text())["step"] == 5
+
+
+def test_windows_that_cannot_be_dealt_out() -> None:
+    with pytest.raises(HealError, match=r"batch: 5 windows .* 2 processes; give a multiple of 2, e\.g\. --batch 6"):
+        HealSettings(("a",), batch=5).check_processes(2)
 
 
 def refuses(home: Path, tmp_path: Path, error: type[Exception], match: str, **changes: Any) -> None:

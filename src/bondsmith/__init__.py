@@ -29,6 +29,7 @@ _HOMES = {
     "PackedEmbedding": "bondsmith.nn.packed",
     "PackedLinear": "bondsmith.nn.packed",
     "Plan": "bondsmith.stages.plan",
+    "Profile": "bondsmith.stages.profile",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
     "heal": "bondsmith.healing",

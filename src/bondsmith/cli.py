@@ -70,6 +70,10 @@ def compress(
         typer.Option(help="Widths to round to: 16 (not rounded), 8, 4, 3, 2. Repeatable; all of them with --bytes."),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan.json instead of planning.")] = None,
+    profile_: Annotated[
+        Path | None, typer.Option("--profile", help="Go on from this finished profile; calibration is taken from it.")
+    ] = None,
+    no_channels: Annotated[bool, typer.Option("--no-channels", help="Do not drop hidden channels of MLPs.")] = False,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="The same keep for every matrix, for comparisons; no plan.")
     ] = False,
@@ -109,6 +113,8 @@ def compress(
         "loss": loss,
         "bits": bits,
         "plan": None if plan is None else str(plan),
+        "profile": None if profile_ is None else str(profile_),
+        "channels": False if no_channels else None,
         "uniform": uniform or None,
         "metric": metric,
         "sites": sites,
@@ -158,6 +164,9 @@ def heal(
     window: Annotated[int | None, typer.Option(help="Tokens per window (512).")] = None,
     loss_on: Annotated[str | None, typer.Option(help="all tokens, or answers of chats; auto.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Train embedding and head too.")] = False,
+    round_bits: Annotated[
+        int | None, typer.Option(help="Round the cores to so many bits in every pass, for a rounding to come.")
+    ] = None,
     checkpoint_activations: Annotated[
         bool, typer.Option("--checkpoint-activations", help="Less memory, a third more time.")
     ] = False,
@@ -188,6 +197,7 @@ def heal(
         "kl_weight": kl_weight,
         "ce_weight": ce_weight,
         "embeddings": embeddings or None,
+        "round_bits": round_bits,
         "loss_on": loss_on,
         "validation_windows": validation_windows,
         "validate_every": validate_every,
@@ -241,12 +251,12 @@ def profile(
     sites: Annotated[str | None, typer.Option(help="With --layers: matrix, interleaved:N, thin:S or legs.")] = None,
     metric: Annotated[str | None, typer.Option(help="frobenius, input or loss (the default).")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="As of compress. Repeatable.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (8192).")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768, 8192 with --layers).")] = None,
     evaluation: Annotated[
         list[str] | None, typer.Option(help="With --layers: text to score (held-out calibration text). Repeatable.")
     ] = None,
     windows: Annotated[int | None, typer.Option(help="With --layers: windows scored (4).")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window (256).")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window (512, 256 with --layers).")] = None,
     tasks: Annotated[str | None, typer.Option(help="With --layers: lm-eval tasks to score, comma separated.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of local benchmark files instead of hub data sets.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows per task.")] = None,
@@ -255,11 +265,27 @@ def profile(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew.")] = False,
 ) -> None:
-    """Show what each matrix of MODEL can bear."""
+    """Show what each matrix of MODEL can bear: predicted for the whole model from one pass, or measured with --layers."""
     from bondsmith import profiling
 
     if not layers:
-        raise typer.BadParameter("give --layers")
+        from bondsmith.planner import PAGE
+        from bondsmith.planner import profile as fast
+
+        wanted = {"metric": metric, "calibration": calibration, "evaluation": evaluation, "tokens": tokens}
+        wanted |= {"window": window, "device": device, "seed": seed}
+        with progress_bars() as show:
+            found = fast(
+                model,
+                directory,
+                resume=resume,
+                overwrite=overwrite,
+                progress=show,
+                **{k: v for k, v in wanted.items() if v not in (None, [])},
+            )
+        out.print(found.profile.table())
+        out.print(f"page   {found.path / PAGE}", highlight=False, soft_wrap=True)
+        return
     given: dict[str, Any] = {
         "blocks": _numbers("--blocks", blocks, int),
         "keeps": _numbers("--keeps", keeps, float),
@@ -290,6 +316,59 @@ def profile(
     for table in done.tables():
         out.print(table)
     out.print(f"page   {directory / profiling.PAGE}", highlight=False, soft_wrap=True)
+
+
+@app.command("plan")
+def make_plan(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished profile.")],
+    to: Annotated[Path | None, typer.Option("--out", help="File for the plan (plan.json).")] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the matrices' parameters to keep, e.g. 0.8.")] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", help="Size of the weight files: share of 4 bytes a parameter, or 38MB.")
+    ] = None,
+    multiply_adds: Annotated[float | None, typer.Option(help="Share of the matrices' multiply-adds left.")] = None,
+    loss: Annotated[
+        float | None, typer.Option(help="Predicted loss tolerated, nats a token: the smallest file within it.")
+    ] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="16 (not rounded), 8, 4, 3, 2. Repeatable.")] = None,
+    keep_dense: Annotated[list[str] | None, typer.Option(help="Matrices to leave alone. Repeatable.")] = None,
+    no_gauge: Annotated[bool, typer.Option("--no-gauge", help="Store full cores.")] = False,
+    no_channels: Annotated[bool, typer.Option("--no-channels", help="Do not drop hidden channels of MLPs.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here override it.")] = None,
+) -> None:
+    """Choose bonds, channels and bits for every matrix of a profiled model: the least predicted loss within the budgets."""
+    from bondsmith import planner
+    from bondsmith.recipe import Recipe
+
+    given: dict[str, Any] = {"keep": keep, "bytes": bytes_, "multiply_adds": multiply_adds, "loss": loss, "bits": bits}
+    given |= {
+        "keep_dense": keep_dense,
+        "gauge": False if no_gauge else None,
+        "channels": False if no_channels else None,
+    }
+    changes = {name: value for name, value in given.items() if value not in (None, [])}
+    settings = Recipe.read(recipe, **changes).to_dict() if recipe else changes
+    out.print(planner.plan_table(planner.plan(directory, to, **settings)))
+    if to is not None:
+        out.print(f"plan   {to}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def frontier(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished profile in the loss metric.")],
+    to: Annotated[Path | None, typer.Option("--out", help="Page to draw it on (frontier.html).")] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Compressed directory to draw beside, as measured. Repeatable.")
+    ] = None,
+) -> None:
+    """Show how small a profiled model can get for how much loss: cut, rounded, and both."""
+    from bondsmith import planner
+
+    page = to or directory / "frontier.html"
+    with progress_bars() as show:
+        found = planner.frontier(directory, page, measured={p.name: p for p in measured or ()}, progress=show)
+    out.print(found.table())
+    out.print(f"page   {page}", highlight=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:

@@ -26,6 +26,9 @@ from bondsmith.model.checkpoint import open_compressed, write_json, write_shard
 from bondsmith.model.hub import FORMAT, load
 from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, open_source
 from bondsmith.nn.free import free_all
+from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
+from bondsmith.nn.simulated import simulate_rounding
+from bondsmith.recipe import grid_of
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import quality, report
 from bondsmith.stages.healing import output
@@ -151,6 +154,7 @@ class _Run:
 
     def all(self, finish: bool, evaluate: bool) -> dict[str, Any]:
         """Runs what is not done yet; returns the section `healing` of the results."""
+        self.settings.check_processes(self.ranks.world)
         log.info("bondsmith heal: %s", self.command)
         original = self.open_teacher()
         tokenizer = self.tokenizer(original)
@@ -158,9 +162,9 @@ class _Run:
         samples = self.samples(tokenizer, original is not None)
         self.started = True
         log.info("%d windows to train on, %d held out", len(samples.train), len(samples.held))
-        student = load(self.source.path, dtype=torch.float32).to(self.ranks.device).eval()
-        apart = keeps_apart(student)
+        apart = self.apart()
         teacher = self.predictions(original, samples, apart)
+        student = self.student()
         loop, freed = self.loop(student, samples, teacher, apart)
         if finish:
             loop.finish()
@@ -270,6 +274,18 @@ class _Run:
             seed=s.seed,
         )
 
+    def student(self) -> PreTrainedModel:
+        """Returns the compressed model."""
+        return load(self.source.path, dtype=torch.float32).to(self.ranks.device).eval()
+
+    def apart(self) -> bool:
+        """Returns whether pieces of a window can be kept apart; tried once, before the original takes its place in memory."""
+        note = self.work / "apart.json"
+        if self.ranks.main and not note.is_file():
+            write_json(note, keeps_apart(self.student()))
+        self.ranks.wait()
+        return bool(json.loads(note.read_text()))
+
     def predictions(self, original: Source | None, samples: Samples, apart: bool) -> Teacher | None:
         """Returns the original's predictions by window, training windows first."""
         if original is None:
@@ -301,7 +317,16 @@ class _Run:
         self, student: PreTrainedModel, samples: Samples, teacher: Teacher | None, apart: bool
     ) -> tuple[Loop, list[str]]:
         """Returns the training loop, and the names of the networks that are in their free form meanwhile."""
-        freed = free_all(student)
+        freed = (
+            [] if self.settings.round_bits else free_all(student)
+        )  # what is rounded later is the form that is stored
+        if self.settings.round_bits:
+            simulate_rounding(student, grid_of(self.settings.round_bits, self.settings.round_group))
+        for module in student.modules():
+            if isinstance(module, PackedMatrix) and (
+                self.settings.embeddings or not isinstance(module, PackedEmbedding)
+            ):
+                module.train_scales()
         trainable(student, self.settings.embeddings)
         if self.settings.checkpoint_activations:
             compute_again(BlockRunner(student, _path(self.source)).blocks)

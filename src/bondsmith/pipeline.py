@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from bondsmith.data import DataError, Windows, check_spec
 from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json
 from bondsmith.model.hub import load
-from bondsmith.model.source import ModelError, Source, load_whole
+from bondsmith.model.source import ModelError, Source, file_digest, load_whole
+from bondsmith.planner import adopt, shared_settings
 from bondsmith.recipe import Recipe
 from bondsmith.run import Progress, Run, check_disk, check_memory, device_of
 from bondsmith.rundir import FINGERPRINT, RunError, log, logging_to, move_into_place, open_directory
@@ -75,6 +76,8 @@ def compress(
         DiskFullError: later; what is done is kept for `resume`.
     """
     recipe = recipe.changed(**settings) if recipe else Recipe.from_settings(settings)
+    if recipe.profile is not None:
+        recipe = recipe.changed(**shared_settings(Path(recipe.profile).expanduser()))
     out = Path(out).expanduser().absolute()
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
@@ -105,6 +108,9 @@ class _Compression(Run):
             source, runner, dtype, tokenizer = opened.source, opened.runner, opened.dtype, opened.tokenizer
             first = self.first_plan(opened)
             check_disk(self.directory, first, runner, self.recipe, dtype)
+            if self.recipe.profile is not None:
+                files = {str(f): file_digest(f) for f in source.files}
+                adopt(self.work, Path(self.recipe.profile).expanduser(), files)
             self.keep_fingerprint(source, evaluate)
         self.recipe.save(self.directory / "recipe.yaml")
         with self.stage("calibration text"):

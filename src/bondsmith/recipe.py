@@ -40,6 +40,7 @@ class Recipe:
         bits: widths that a plan may round weights to, out of 16 (not rounded), 8, 4, 3, 2. Empty: 16 alone, or all where `bytes` is given.
         group: columns that share a scale in rounding to 4 bits and fewer.
         plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
+        profile: directory of a finished profile to go on from; the settings of calibration are taken from it.
         bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
         channels: a plan may also drop hidden channels of MLPs (their hidden bond), refitting the matrix that reads them.
         metric: error that the networks minimise: frobenius, input (second moments of inputs) or loss (also of gradients).
@@ -71,6 +72,7 @@ class Recipe:
     bits: tuple[int, ...] = ()
     group: int = 64
     plan: str | None = None
+    profile: str | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     channels: bool = True
     metric: str = "loss"

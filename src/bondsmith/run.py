@@ -130,9 +130,8 @@ class Run:
             prefix, folder = f"{path}.{k}.", self.gradients_folder
             C = {prefix + n: t for n, t in moments.load_input_moments(folder, k).items()}
             found = moments.load_output_moments(folder, k) if metric == "loss" else {}
-            bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)] if self.recipe.channels else []
-            free = [b for b in bonds if not any(self.recipe.spares(n) for n in (*b.writers, b.reader))]
-            return Seen(C, {prefix + n: t for n, t in found.items()}, free)
+            bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)]
+            return Seen(C, {prefix + n: t for n, t in found.items()}, bonds)
 
         curves, bonds = fast_profile(
             opened.shapes,

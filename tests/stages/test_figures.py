@@ -78,7 +78,7 @@ def test_the_page_of_a_fast_profile(tmp_path: Path) -> None:
         for k in range(3)
         for kind in KINDS
     )
-    profile = Profile(matrices, "loss", 4096)
+    profile = Profile("tiny", 2, 0, "loss", 4096, matrices)
     sections = fast_sections(profile)
     curves = sections[1].figures[0]
     point = curves.panels[0].lines[1].points[-1]

@@ -15,7 +15,7 @@ import bondsmith
 from bondsmith.model.checkpoint import open_compressed
 from bondsmith.model.source import ModelError
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedMatrix
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix
 from bondsmith.stages.plan import Plan
 from bondsmith.stages.quality import Streamed
 
@@ -124,3 +124,64 @@ def test_inspect_shows_bits(original: Path, text: Path, tmp_path: Path) -> None:
         with console.capture() as capture:
             console.print(*network_table(rows, metric))
         assert "int4-g16-min" in capture.get()
+
+
+def hybrid_plan(original: Path, text: Path, tmp_path: Path) -> Path:
+    """A plan in which every other matrix is a hybrid, with cores of four bits or unrounded."""
+    content = json.loads(
+        (compress(original, text, tmp_path / "plan", keep=1.0, bits=4, group=16).path / "plan.json").read_text()
+    )
+    for i, entry in enumerate(content["matrices"]):
+        rows, columns = entry["shape"]
+        if i % 2 == 0:
+            entry["base"] = {"bits": 3, "group": 16, "symmetric": False, "codebook": "uniform"}
+            entry |= {"sites": [[rows, 1], [1, columns]], "bonds": [3], "gauge": False}
+            if i % 4 == 0:
+                del entry["grid"]
+    path = tmp_path / "hybrid.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("metric", ["loss", "frobenius"])
+def test_hybrids_are_written_loaded_inspected_and_undone(
+    metric: str, original: Path, text: Path, tmp_path: Path
+) -> None:
+    from bondsmith.nn.hybrid import HybridLinear
+    from bondsmith.stages.inspect import read_networks
+
+    plan = hybrid_plan(original, text, tmp_path)
+    settings = {k: v for k, v in SETTINGS.items() if k != "uniform"} | {"plan": str(plan), "metric": metric}
+    done = bondsmith.compress(original, tmp_path / "out", calibration=[str(text)], **settings)
+    model = done.load()
+    hybrids = [m for m in model.modules() if isinstance(m, HybridLinear)]
+    assert len(hybrids) == 11
+    assert all(isinstance(m.rounded, PackedLinear) for m in hybrids)
+    assert sum(isinstance(m.network.cores[0], PackedLinear) for m in hybrids) == 5
+    stored = {n: t for f in done.path.glob("bondsmith-*.safetensors") for n, t in load_file(f).items()}
+    assert sum(t.nbytes for t in stored.values()) <= Plan.load(done.path / "plan.json").bytes(4)
+    model.save_pretrained(tmp_path / "user")
+    again = bondsmith.load(tmp_path / "user")
+    assert torch.equal(logits(again), logits(model))
+    for directory in (done.path, tmp_path / "user"):
+        rows, _ = read_networks(directory)
+        by_name = {r["name"]: r for r in rows}
+        for name, module in model.named_modules():
+            if isinstance(module, HybridLinear | PackedLinear) and name in by_name:
+                assert by_name[name]["bytes"] == sum(t.nbytes for t in module.state_dict().values())
+        assert {r["grid"] for r in rows} == {"int4-g16-min", "int3-g16-min + int4-g16-min", "int3-g16-min"}
+    plain = again.dequantize()
+    assert not any(isinstance(m, HybridLinear | PackedMatrix) for m in plain.modules())
+    assert torch.allclose(logits(plain), logits(model), atol=1e-3 * float(logits(model).abs().max()))
+
+
+def test_a_base_with_a_gauge_or_without_a_network_is_refused(original: Path, text: Path, tmp_path: Path) -> None:
+    path = hybrid_plan(original, text, tmp_path)
+    content = json.loads(path.read_text())
+    content["matrices"][0]["gauge"] = True
+    path.write_text(json.dumps(content))
+    settings = {k: v for k, v in SETTINGS.items() if k != "uniform"} | {"plan": str(path)}
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.q_proj: a base goes with a matrix cut without gauge only"
+    ):
+        bondsmith.compress(original, tmp_path / "out", calibration=[str(text)], **settings)

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bondsmith.model.blocks import shape
 from bondsmith.model.digest import check_files, metadata
 from bondsmith.model.source import skeleton
+from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, half_scales
 from bondsmith.tensor.rounding import Grid
@@ -38,10 +39,11 @@ class BondsmithConfig(QuantizationConfigMixin):
 
     Args:
         networks: module name -> {"sites": [[o, i], ...], "bonds": [...], "gauge": bool}, and "shape": [rows, columns] where an MLP has
-            lost hidden channels ("copies" of them, where several matrices are fused); without sites the matrix is dense.
+            lost hidden channels ("copies" of them, where several matrices are fused); without sites the matrix is dense. "hybrid": the
+            network (`NAME.network`) is added to a packed matrix (`NAME.rounded`).
         weights_file: the file (or index) that holds the weights; None means the usual names of transformers.
-        packed: module name -> grid ({"bits": 4, "group": 64, ...}), for dense matrices, cores of networks (`NAME.cores.K`)
-            and the embedding.
+        packed: module name -> grid ({"bits": 4, "group": 64, ...}), for dense matrices, cores of networks (`NAME.cores.K`,
+            `NAME.network.cores.K`), rounded parts of hybrids (`NAME.rounded`) and the embedding.
     """
 
     def __init__(
@@ -130,13 +132,15 @@ class BondsmithQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         plain: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         like: torch.dtype = plain or _dtype(model)
-        networks = tuple(name + "." for name, m in model.named_modules() if isinstance(m, MPOLinear))
+        networks = tuple(name + "." for name, m in model.named_modules() if isinstance(m, MPOLinear | HybridLinear))
         original = skeleton(model.config.__class__.from_dict(model.config.to_dict() | {"quantization_config": None}))
         reduced = {n: network for n, network in self.quantization_config.networks.items() if "shape" in network}
         for name, module in list(model.named_modules()):
-            found = isinstance(module, MPOLinear | PackedLinear) or name in reduced
+            found = isinstance(module, MPOLinear | PackedLinear | HybridLinear) or name in reduced
             if found and not name.startswith(networks):
-                linear = module.materialise(like) if isinstance(module, MPOLinear | PackedLinear) else module
+                linear = (
+                    module.materialise(like) if isinstance(module, MPOLinear | PackedLinear | HybridLinear) else module
+                )
                 assert isinstance(linear, nn.Linear)
                 if name in reduced:
                     linear = _widened(linear, shape(_module(original, name)), reduced[name].get("copies", 1))
@@ -167,14 +171,19 @@ def replace_matrices(
             continue
         legs = network["sites"]
         sites = Sites(tuple(o for o, _ in legs), tuple(i for _, i in legs))
+        hybrid = bool(network.get("hybrid", False))
         layer = MPOLinear(
             sites,
             tuple(network["bonds"]),
-            bias=has_bias,
+            bias=has_bias and not hybrid,
             gauge=bool(network.get("gauge", False)),
             device=like.device,
             dtype=like.dtype,
         )
+        if hybrid:  # the matrix that the network is added to is packed below
+            rounded = nn.Linear(layer.in_features, layer.out_features, has_bias, device=like.device, dtype=like.dtype)
+            model.set_submodule(name, HybridLinear(rounded, layer))
+            continue
         model.set_submodule(name, layer)
     for name, grid in (packed or {}).items():
         old = _module(model, name)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bondsmith.model import digest
+from bondsmith.model import digest, quantized
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD_BYTES = 2 * 1024**3
@@ -155,16 +155,9 @@ def open_source(model: str | Path | PreTrainedModel, cache: Path) -> Source:
 
 def check_supported(config: Any, name: str) -> None:
     """Raises ModelError unless `config` belongs to a decoder-only language model with plain weights."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        get = quantization.get if isinstance(quantization, dict) else lambda key: getattr(quantization, key, None)
-        method = str(getattr(get("quant_method"), "value", get("quant_method")))
-        remedy = (
-            "compress the original model with the settings you want instead"
-            if method == "bondsmith"
-            else "load it with transformers, call model.dequantize() and model.save_pretrained(DIR), and compress DIR"
-        )
-        raise ModelError(f"{name} is already quantised ({method}): {remedy}")
+    method = quantized.method_of(config)
+    if method is not None:
+        raise ModelError(f"{name} is already quantised ({method}): {quantized.remedy(method)}")
     architectures = getattr(config, "architectures", None) or []
     kind = getattr(config, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
@@ -220,12 +213,17 @@ def _open_directory(name: str, path: Path, cache: Path) -> Source:
     if not (path / "config.json").is_file():
         raise ModelError(f"{name} is not a model: {path} has no config.json")
     config = read_config(name, path)
+    undo = quantized.can_dequantize(quantized.method_of(config))
+    if undo:
+        del config.quantization_config
     check_supported(config, name)
     weights = sorted(path.glob("*.safetensors"))
     pickles = sorted(path.glob("*.bin"))
     if not weights and not pickles:
         raise ModelError(f"{name} is not a complete model: {path} has no *.safetensors (or *.bin) file")
     files = (path / "config.json", *(weights or pickles))
+    if undo:
+        return _rewrite(name, lambda: quantized.dequantized(name, path), cache, files, tokenizer=path)
     places = _places(name, weights, skeleton(config)) if weights else None
     if places is None:
 

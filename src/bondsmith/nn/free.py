@@ -61,6 +61,17 @@ def free_all(module: nn.Module) -> list[str]:
     return freed
 
 
+def pivot_all(module: nn.Module, freed: list[str]) -> None:
+    """Gives the networks that `free_all` freed their gauge back."""
+    for name in freed:
+        loose = module.get_submodule(name)
+        assert isinstance(loose, MPOLinear)
+        layer = pivoted(loose)
+        for parameter, like in zip(layer.parameters(), loose.parameters(), strict=True):
+            parameter.requires_grad_(like.requires_grad)
+        module.set_submodule(name, layer)
+
+
 def _balanced(mpo: MPO) -> list[Tensor]:
     """Returns the cores with `s^1/2` on either side of every bond, in float64."""
     cores = [core.to(torch.float64) for core in mpo.cores]

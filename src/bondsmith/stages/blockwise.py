@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import BlockRunner
-from bondsmith.nn.free import free_all, pivoted
-from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.free import free_all, pivot_all
 from bondsmith.nn.packed import train_scales
 from bondsmith.recipe import Recipe
 from bondsmith.stages.moments import token_weights
@@ -130,10 +129,7 @@ class _Learner:
     @torch.no_grad()
     def finished(self, dtype: torch.dtype) -> nn.Module:
         """Returns the block with its gauged networks put back and all numbers rounded to the dtype of the saved model."""
-        for name in self.gauged:
-            layer = self.block.get_submodule(name)
-            assert isinstance(layer, MPOLinear)
-            self.block.set_submodule(name, pivoted(layer))
+        pivot_all(self.block, self.gauged)
         train_scales(self.block, False)
         for parameter in self.block.parameters():
             parameter.requires_grad_(False).copy_(parameter.to(dtype))

@@ -138,7 +138,7 @@ def _network(matrix: MatrixPlan, dtype: torch.dtype, error: float | None) -> dic
         "bonds": list(matrix.bonds),
         "gauge": matrix.gauge,
         "parameters": matrix.parameters,
-        "grid": None if matrix.grid is None else str(matrix.grid),
+        "grid": matrix.rounding,
         "bytes": matrix.tensor_bytes(dtype.itemsize),
         "multiply_adds": matrix.multiply_adds,
         "dense_parameters": matrix.dense_parameters,

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from bondsmith.model.blocks import weight
 from bondsmith.model.source import ModelError
+from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedLinear
 from bondsmith.recipe import Recipe
 from bondsmith.stages.plan import MatrixPlan
-from bondsmith.stages.rounding import round_cores, rounded_dense
+from bondsmith.stages.rounding import hybrid_layer, round_cores, rounded_dense
 from bondsmith.tensor.fit import propagated_target, sequential_svd, shifted_target, whitened_cut
 from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
@@ -72,6 +73,8 @@ def _layer(
     if plan.sites is None:
         saved = None if bias is None else bias.to(dtype)
         return dense_layer(target.to(dtype), saved) if plan.grid is None else rounded_dense(target, plan, C, saved)
+    if plan.base is not None:
+        return hybrid_layer(target, plan, C, B, None if bias is None else bias.to(dtype), damping, dtype)
     mpo = fit_network(target, plan, C, B, damping)
     layer = MPOLinear.from_mpo(mpo, bias=bias, gauge=plan.gauge, dtype=dtype)
     return layer if plan.grid is None else round_cores(layer, target, mpo, plan, C, B, damping)
@@ -89,14 +92,14 @@ def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None,
 
 def matrix_of(layer: nn.Module) -> Tensor:
     """Returns the (O, I) matrix of a layer that `fit_matrix` gave."""
-    if isinstance(layer, MPOLinear | PackedLinear):
+    if isinstance(layer, MPOLinear | PackedLinear | HybridLinear):
         return layer.to_matrix()
     return weight(layer)
 
 
 def plain_form(layer: nn.Module) -> nn.Linear:
     """Returns the layer as one dense matrix, for passing many tokens."""
-    if isinstance(layer, MPOLinear | PackedLinear):
+    if isinstance(layer, MPOLinear | PackedLinear | HybridLinear):
         return layer.materialise()
     assert isinstance(layer, nn.Linear)
     return layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,39 @@ def read_networks(directory: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _matrices(directory: Path, quantization: dict[str, Any]) -> list[MatrixPlan]:
-    """Returns what became of every matrix, from the entries of config.json."""
-    networks, packed = quantization["networks"], dict(quantization.get("packed") or {})
+    """Returns what became of every matrix, from the entries of config.json and the shapes of the original."""
+    networks, packed = quantization["networks"], quantization.get("packed") or {}
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model = skeleton(config)
+    grids = {name: Grid(**grid) for name, grid in packed.items()}
+    alone = [n for n in packed if not n.startswith(tuple(f"{name}." for name in networks)) and n not in networks]
     found = []
-    for name, network in networks.items():
-        sites = Sites(tuple(o for o, _ in network["sites"]), tuple(i for _, i in network["sites"]))
-        grids = [packed.pop(f"{name}.cores.{k}", None) for k in range(sites.n)]
-        grid = next((Grid(**g) for g in grids if g), None)
-        bonds, gauge = tuple(network["bonds"]), bool(network["gauge"])
-        found.append(MatrixPlan(name, -1, sites.out_features, sites.in_features, sites, bonds, gauge, grid))
-    if packed:
-        config = AutoConfig.from_pretrained(directory)
-        del config.quantization_config
-        model = skeleton(config)
-        for name, grid in packed.items():
-            module = model.get_submodule(name)
-            if not isinstance(module, nn.Embedding):
-                found.append(MatrixPlan(name, -1, *shape(module), grid=Grid(**grid)))
+    for name in (*networks, *alone):
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Embedding):
+            found.append(_matrix(name, *shape(module), networks.get(name, {}), grids))
     return found
+
+
+def _matrix(name: str, rows: int, columns: int, network: dict[str, Any], grids: dict[str, Grid]) -> MatrixPlan:
+    left, right = network.get("shape", (rows, columns))
+    plan = MatrixPlan(
+        name,
+        -1,
+        rows,
+        columns,
+        grid=grids.get(name),
+        kept_rows=left if left != rows else None,
+        kept_columns=right if right != columns else None,
+        base=grids.get(f"{name}.rounded"),
+    )
+    if "sites" not in network:
+        return plan
+    sites = Sites(tuple(o for o, _ in network["sites"]), tuple(i for _, i in network["sites"]))
+    inside = f"{name}.network" if network.get("hybrid") else name
+    grid = next((g for n, g in grids.items() if n.startswith(f"{inside}.cores.")), None)
+    return replace(plan, sites=sites, bonds=tuple(network["bonds"]), gauge=bool(network["gauge"]), grid=grid)
 
 
 def _row(matrix: MatrixPlan, itemsize: int) -> dict[str, Any]:
@@ -69,7 +85,7 @@ def _row(matrix: MatrixPlan, itemsize: int) -> dict[str, Any]:
         "sites": None if matrix.sites is None else str(matrix.sites),
         "bonds": list(matrix.bonds),
         "gauge": matrix.gauge,
-        "grid": None if matrix.grid is None else str(matrix.grid),
+        "grid": matrix.rounding,
         "parameters": matrix.parameters,
         "bytes": matrix.tensor_bytes(itemsize),
         "multiply_adds": matrix.multiply_adds,

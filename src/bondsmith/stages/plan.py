@@ -28,7 +28,8 @@ class MatrixPlan:
 
     `parameters` are stored scalars, `multiply_adds` per token; a dense matrix has O * I of both. `loss` is the predicted loss in nats
     a token, where there is a prediction. Embedding and head have `block` -1. Where hidden channels are dropped, `kept_rows` (of what
-    writes them) or `kept_columns` (of what reads them) says how many stay, and `sites` belong to the smaller matrix.
+    writes them) or `kept_columns` (of what reads them) says how many stay, and `sites` belong to the smaller matrix. With a `base` the
+    matrix is a hybrid: all of it rounded to that grid, and the network (a matrix cut without gauge) added to it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class MatrixPlan:
     loss: float | None = None
     kept_rows: int | None = None
     kept_columns: int | None = None
+    base: Grid | None = None
 
     @property
     def rows(self) -> int:
@@ -67,29 +69,39 @@ class MatrixPlan:
 
     @property
     def parameters(self) -> int:
-        return self.rows * self.columns if self.sites is None else self.sites.parameters(self.bonds, self.gauge)
+        dense = self.rows * self.columns
+        if self.sites is None:
+            return dense
+        return self.sites.parameters(self.bonds, self.gauge) + (0 if self.base is None else dense)
 
     @property
     def multiply_adds(self) -> int:
+        dense = self.rows * self.columns
         if self.sites is None:
-            return self.rows * self.columns
-        return self.sites.multiply_adds(self.bonds, self.gauge)
+            return dense
+        return self.sites.multiply_adds(self.bonds, self.gauge) + (0 if self.base is None else dense)
 
     def bytes(self, itemsize: int) -> int:
         """Bytes in the weight file at `itemsize` bytes a number that is not rounded: numbers, scales, orders of rows, headers."""
-        tensors = 1 if self.grid is None else 2 if self.grid.symmetric else 3
-        headers = len(self.stored_shapes()) * tensors + (1 if self.gauge else 0)
+        headers = len(self.stored_shapes()) * _tensors(self.grid) + (1 if self.gauge else 0)
+        headers += 0 if self.base is None else _tensors(self.base)
         return self.tensor_bytes(itemsize) + headers * HEADER_BYTES
 
     def tensor_bytes(self, itemsize: int) -> int:
         """The same without headers."""
+        base = 0 if self.base is None else self.base.packed_bytes(*self.shape)
         pivots = self.rows * PIVOT_BYTES if self.gauge else 0
-        if self.grid is None:
-            return self.parameters * itemsize + pivots
-        return sum(self.grid.packed_bytes(*shape) for shape in self.stored_shapes()) + pivots
+        shapes = self.stored_shapes()
+        stored = sum(r * c * itemsize if self.grid is None else self.grid.packed_bytes(r, c) for r, c in shapes)
+        return stored + pivots + base
+
+    @property
+    def rounding(self) -> str | None:
+        """How the numbers are rounded, for people: `int4-g64-min`, of a hybrid `int2-g64-min + int4-g64`; None where they are not."""
+        return " + ".join(str(g) for g in (self.base, self.grid) if g is not None) or None
 
     def stored_shapes(self) -> list[tuple[int, int]]:
-        """Returns the (rows, columns) of every stored matrix: of the dense one, or of the cores as linear layers."""
+        """Returns the (rows, columns) of every stored matrix: of the dense one, or of the cores as linear layers (the base apart)."""
         if self.sites is None:
             return [self.shape]
         from_right = self.sites.sweeps_from_right(self.bonds)
@@ -107,6 +119,8 @@ class MatrixPlan:
         ):
             if kept is not None and not (isinstance(kept, int) and 1 <= kept <= features):
                 raise PlanError(f"{self.name}: {kept} of {features} {what} cannot be kept")
+        if self.base is not None and (self.sites is None or not self.sites.is_matrix_cut or self.gauge):
+            raise PlanError(f"{self.name}: a base goes with a matrix cut without gauge only")
         if self.sites is None:
             return
         if (self.sites.out_features, self.sites.in_features) != self.shape:
@@ -134,6 +148,8 @@ class MatrixPlan:
             entry["columns"] = self.kept_columns
         if self.grid is not None:
             entry["grid"] = self.grid.to_json()
+        if self.base is not None:
+            entry["base"] = self.base.to_json()
         if self.loss is not None:
             entry["loss"] = float(f"{self.loss:.6g}")
         return entry
@@ -144,6 +160,8 @@ class MatrixPlan:
         if self.sites is not None:
             legs = zip(self.sites.out_legs, self.sites.in_legs, strict=True)
             entry = {"sites": [list(pair) for pair in legs], "bonds": list(self.bonds), "gauge": self.gauge}
+        if self.base is not None:
+            entry["hybrid"] = True
         if self.shape != (self.out_features, self.in_features):
             entry["shape"] = list(self.shape)
         return entry
@@ -166,6 +184,7 @@ class MatrixPlan:
             entry.get("loss"),
             entry.get("rows"),
             entry.get("columns"),
+            Grid(**entry["base"]) if entry.get("base") else None,
         )
 
 
@@ -210,13 +229,16 @@ class Plan:
 
     def packed(self) -> dict[str, dict[str, Any]]:
         """Returns module name -> grid of everything that is rounded: dense matrices, cores that hold numbers, embedding and head."""
-        return {
-            m.name if m.sites is None else f"{m.name}.cores.{k}": dict(m.grid.to_json())
-            for m in (*self.tables, *self.matrices)
-            if m.grid is not None
-            for k, (rows, columns) in enumerate(m.stored_shapes())
-            if rows * columns
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for m in (*self.tables, *self.matrices):
+            network = m.name if m.base is None else f"{m.name}.network"
+            if m.base is not None:
+                found[f"{m.name}.rounded"] = dict(m.base.to_json())
+            if m.grid is not None:
+                for k, (rows, columns) in enumerate(m.stored_shapes()):
+                    if rows * columns:
+                        found[m.name if m.sites is None else f"{network}.cores.{k}"] = dict(m.grid.to_json())
+        return found
 
     def block(self, index: int) -> list[MatrixPlan]:
         """Returns the matrices of one block."""
@@ -284,14 +306,19 @@ class Plan:
         loss = "" if self.loss is None else f", predicted loss {self.loss:.4f} nats a token (gap {self.gap or 0:.1g})"
         bits: dict[str, int] = {}
         for m in (*self.matrices, *self.tables):
-            if m.grid is not None:
-                bits[str(m.grid)] = bits.get(str(m.grid), 0) + 1
+            if m.rounding is not None:
+                bits[m.rounding] = bits.get(m.rounding, 0) + 1
         rounded = f", rounded: {', '.join(f'{n} x {g}' for g, n in sorted(bits.items()))}" if bits else ""
         return (
             f"{len(self.matrices)} matrices ({dense} stay dense): keep {self.keep:.3f}, "
             f"{self.parameters / 1e6:.1f} M parameters of {(self.other_parameters + before) / 1e6:.1f} M, "
             f"{work:.2f} of the matrices' multiply-adds{rounded}{loss}"
         )
+
+
+def _tensors(grid: Grid | None) -> int:
+    """Tensors in the file of one stored matrix."""
+    return 1 if grid is None else 2 if grid.symmetric else 3
 
 
 def _entry(entry: Mapping[str, Any], path: Path) -> MatrixPlan:

@@ -21,6 +21,8 @@ from bondsmith.stages.solver import InfeasibleError, Way, choose
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import ROUND_TO, Sites
 
+# bits -> what error compensation and fitted scales leave of an even error over a step; how much more of it the cores of a cut make
+_RESIDUE = {8: (1.0, 6.0), 4: (0.55, 4.0), 3: (0.52, 2.0), 2: (0.36, 1.0)}
 LEVELS = 64  # bonds tried per matrix, at most
 
 
@@ -105,9 +107,8 @@ def _options(entries: Mapping[str, MatrixPlan], recipe: Recipe, profile: Profile
         names = (*bonds[name].writers, bonds[name].reader) if name in bonds else (name,)
         done |= set(names)
         ways = [_whole([entries[n] for n in names], curves, recipe)]
-        ways += [
-            _reduced(entries, level, bonds[name], recipe) for level in (bonds[name].levels if name in bonds else ())
-        ]
+        if name in bonds and not any(recipe.spares(n) for n in names):
+            ways += [_reduced(entries, level, bonds[name], recipe) for level in bonds[name].levels]
         useful = [way for way in ways if all(way.members)]
         if not useful:
             low, high = _bounds(name, recipe)
@@ -148,15 +149,23 @@ def predicted(profile: MatrixProfile, options: Sequence[MatrixPlan]) -> NDArray[
     """Returns the predicted loss of every candidate: of the cut, and of rounding what is left."""
     losses = profile.cut_losses().numpy()
     full = len(losses) - 1
-    bonds = np.array([c.bonds[0] if c.sites is not None else full for c in options])
+    bonds = np.array([c.bonds[0] if c.sites is not None else full for c in options], dtype=np.int64)
     cut = np.where(bonds < full, losses[bonds], 0.0)
-    rounded = [0.0 if c.grid is None else rounding_loss(profile.rounding, profile.unit, c.grid) for c in options]
+    rounded = [
+        0.0 if c.grid is None else rounding_loss(profile.rounding, profile.unit, c.grid, bond / full)
+        for c, bond in zip(options, bonds, strict=True)
+    ]
     return cut + np.array(rounded)
 
 
-def rounding_loss(rounding: Mapping[int, float], unit: float, grid: Grid) -> float:
-    """Returns the predicted loss of rounding a matrix to a grid, in nats a token; 0 where nothing is known."""
-    return unit * rounding.get(grid.group, 0.0) / (2**grid.bits - 1) ** 2
+def rounding_loss(rounding: Mapping[int, float], unit: float, grid: Grid, share: float = 1.0) -> float:
+    """Returns the predicted loss of rounding a matrix, or the cores of its cut at `share` of the full bond, in nats a token.
+
+    Cores cost more than the matrix that they make, the more so the fewer the bits that could be lost; the factors were measured, see
+    docs/bits.md. 0 where nothing is known.
+    """
+    left, spread = _RESIDUE[grid.bits]
+    return unit * rounding.get(grid.group, 0.0) / (2**grid.bits - 1) ** 2 * left * (1 + spread * (1 - share) ** 0.5)
 
 
 def _amounts(options: Sequence[MatrixPlan], loss: NDArray[np.float64], itemsize: int) -> dict[str, NDArray[np.float64]]:

@@ -160,11 +160,11 @@ class LayerProfile:
             caption=f"{self.settings['metric']} metric, sites {self.settings['sites']}; {note}",
             caption_justify="left",
         )
-        table.add_column("block", justify="right")
-        table.add_column("matrix")
-        table.add_column("out × in", justify="right")
+        table.add_column("block", justify="right", no_wrap=True)
+        table.add_column("matrix", no_wrap=True)
+        table.add_column("out × in", justify="right", no_wrap=True)
         for keep in keeps:
-            table.add_column(f"{100 * keep:g} % kept", justify="right", no_wrap=True)
+            table.add_column(f"{100 * keep:g} % kept", justify="right")
         found = {(p.plan.name, p.keep): p for p in self.points}
         block = None
         for plan in {p.plan.name: p.plan for p in self.points}.values():

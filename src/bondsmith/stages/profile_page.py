@@ -268,6 +268,8 @@ def _panels(
             kind = place(name)[1]
             drawn.append(Line(kinds[kind], tones[kind], tuple(sorted(points, key=lambda point: point.x))))
         panels.append(Panel(f"block {block}", tuple(drawn), x, y, rule))
+    if log and min(values, default=y.low) < y.low:
+        caption += f" What lies below {y.ticks[0][1]} is drawn on the lower edge."
     return Curves(tuple(panels), caption, "the original" if rule is not None else "")
 
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bondsmith.model.source import ModelError, fill
+from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedLinear
 from bondsmith.stages.moments import table_moment
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.tensor.gptq import gptq
+from bondsmith.tensor.hybrid import fit_hybrid
 from bondsmith.tensor.mpo import MPO
-from bondsmith.tensor.rounded import round_network
+from bondsmith.tensor.rounded import RoundedNetwork, round_network
 from bondsmith.tensor.rounding import Rounded, round_to_nearest
 
 
@@ -29,6 +31,30 @@ def rounded_dense(target: Tensor, plan: MatrixPlan, C: Tensor | None, bias: Tens
     return PackedLinear.from_rounded(rounded, bias)
 
 
+def hybrid_layer(
+    target: Tensor,
+    plan: MatrixPlan,
+    C: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    damping: float,
+    dtype: torch.dtype,
+) -> HybridLinear:
+    """Returns the layer of a matrix rounded to `plan.base` and a matrix cut of what that gets wrong."""
+    assert plan.base is not None
+    hybrid = fit_hybrid(target, plan.base, plan.bonds[0], plan.grid, input_moment=C, output_moment=B, damping=damping)
+    network = MPOLinear.from_mpo(hybrid.cut, dtype=dtype)
+    if hybrid.network is not None:
+        _put_cores(network, hybrid.network)
+    return HybridLinear(PackedLinear.from_rounded(hybrid.rounded, bias), network)
+
+
+def _put_cores(layer: MPOLinear, network: RoundedNetwork) -> None:
+    for k, rounded in enumerate(network.weights):
+        if rounded is not None:
+            layer.cores[k] = PackedLinear.from_rounded(rounded)
+
+
 def round_cores(
     layer: MPOLinear, target: Tensor, mpo: MPO, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float
 ) -> MPOLinear:
@@ -36,9 +62,7 @@ def round_cores(
     assert plan.grid is not None
     network = round_network(target, mpo, plan.grid, input_moment=C, output_moment=B, gauge=plan.gauge, damping=damping)
     layer.pivots = None if network.pivots is None else network.pivots.to(torch.int32)
-    for k, rounded in enumerate(network.weights):
-        if rounded is not None:
-            layer.cores[k] = PackedLinear.from_rounded(rounded)
+    _put_cores(layer, network)
     return layer
 
 

@@ -69,7 +69,8 @@ class Steps(torch.optim.Optimizer):
     Args:
         module: the model or block whose parameters these are.
         parameters: by name, from `trainable`.
-        core_rate, other_rate: root mean square of a step's change over that of the tensor, before `scale`.
+        core_rate, other_rate: root mean square of a step's change over that of the tensor, before `scale`. `lr` of a group is that
+            rate times the size of its tensor: schedulers that act on `lr` work.
     """
 
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], core_rate: float, other_rate: float):
@@ -79,7 +80,7 @@ class Steps(torch.optim.Optimizer):
         for parameter in parameters.values():
             is_core = id(parameter) in cores and parameter.dim() == 2
             rate = (core_rate if is_core else other_rate) * _size(parameter)
-            groups.append({"params": [parameter], "core": is_core, "rate": rate})
+            groups.append({"params": [parameter], "core": is_core, "lr": rate})
         super().__init__(groups, {})
         self.scale = 1.0
         for parameter, group in self._all():
@@ -101,7 +102,7 @@ class Steps(torch.optim.Optimizer):
             state = self.state[parameter]
             state["step"] += 1
             change = _core_change(parameter, state) if group["core"] else _adam_change(parameter, state)
-            _part(parameter).add_(change, alpha=-group["rate"] * self.scale)
+            _part(parameter).add_(change, alpha=-group["lr"] * self.scale)
 
 
 def _part(tensor: Tensor) -> Tensor:

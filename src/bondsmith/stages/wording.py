@@ -49,11 +49,13 @@ def number(value: float) -> str:
 def measured(value: float, error: float | None, unit: str = "") -> str:
     """A value with its standard error, to two digits of the error; the value alone where no error is known.
 
-    >>> measured(0.21344, 0.00312), measured(0.52, None), measured(81.2, 0.41, " %")
-    ('0.2134 ± 0.0031', '0.520', '81.20 ± 0.41 %')
+    >>> measured(0.21344, 0.00312), measured(0.52, None), measured(81.2, 0.41, " %"), measured(3.72e-7, 8e-8)
+    ('0.2134 ± 0.0031', '0.520', '81.20 ± 0.41 %', '3.7e-07 ± 8e-08')
     """
     if error is None or not (0 < error < math.inf):
         return number(value) + unit
+    if max(abs(value), error) < 1e-4:
+        return f"{value:.1e} ± {error:.0e}{unit}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}{unit}"
 

@@ -113,6 +113,8 @@ def _round_cut(weight: Tensor, mpo: MPO, grid: Grid, C: Tensor, gauge: bool, dam
     if gauge:
         cut = pivot_cut(left.double(), right.double())
         right, order = cut.right, cut.order
+    else:
+        right = spread(right, C)
     rounded = gptq(right.to(weight.dtype), grid, C)
     R = rounded.dequantize().double()
     H = damped(C, damping)
@@ -125,3 +127,16 @@ def _round_cut(weight: Tensor, mpo: MPO, grid: Grid, C: Tensor, gauge: bool, dam
     rows[order] = torch.arange(len(order), device=order.device)
     rest = L[rows[R.shape[0] :]].float()
     return RoundedNetwork((gptq(rest, grid, gram.float()) if len(rest) else None, rounded), order)
+
+
+def spread(right: Tensor, C: Tensor, seed: int = 0) -> Tensor:
+    """Other rows with the same span for a right factor `(k, I)`: balanced in the metric `C`, then turned by a random orthogonal matrix.
+
+    Each row then holds a bit of everything and can be rounded like any other; without it the rows that matter most are rounded as coarsely
+    as the rest (measured in docs/bits.md). The left factor follows from the fit to the rounded right one.
+    """
+    R = right.to(torch.float64)
+    values, vectors = torch.linalg.eigh(R @ C.to(torch.float64) @ R.T)
+    scales = values.clamp_min(float(values[-1]) * 1e-8).pow(-0.25)
+    turn = torch.randn(len(R), len(R), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(turn)[0].to(R.device) @ ((vectors * scales).T @ R)

@@ -25,6 +25,8 @@ from bondsmith.stages.healing.state import States
 from bondsmith.stages.healing.teacher import logits_of
 from bondsmith.stages.training import Steps
 
+SAVE_SECONDS = 600.0  # a checkpoint at least so often
+
 Teacher = Callable[[Tensor], TopK]
 
 
@@ -87,15 +89,17 @@ class Loop:
         self._begin()
         start, before = time.perf_counter(), self.step
         earlier = self.seconds
+        saved = start
         while self.step < self.settings.steps and not self._stalls():
-            loss = self._train_step()
+            loss, due = self._train_step(time.perf_counter() - saved > SAVE_SECONDS)
             self.step += 1
             self.seconds = earlier + time.perf_counter() - start
             rate = (self.step - before) * self.settings.batch * self.settings.window / (self.seconds - earlier)
             left = (self.settings.steps - self.step) * self.settings.batch * self.settings.window / rate
             found = self._validate(loss) if self.settings.validates(self.step) else None
-            if self.settings.saves(self.step):
+            if due or self.settings.saves(self.step):
                 self._save()
+                saved = time.perf_counter()
             self.tell(Moment(self.step, self.settings.steps, loss, rate, left, found))
         if self.best != self.step:
             self.states.load(self.best, self.parameters)
@@ -124,8 +128,11 @@ class Loop:
         note = {"step": self.step, "best": self.best, "history": self.history, "seconds": self.seconds}
         self.states.save(self.parameters, self.optimizer, note)
 
-    def _train_step(self) -> float:
-        """Takes one step; returns the loss per token. HealError before anything moves if it, or the gradient, is not finite."""
+    def _train_step(self, due: bool = False) -> tuple[float, bool]:
+        """Takes one step; returns the loss per token, and whether a checkpoint is due (by the main process's clock).
+
+        HealError before anything moves if the loss, or the gradient, is not finite.
+        """
         index = self._windows_of(self.step)
         tokens = int(self.train.counts[index].sum())
         kl_weight = self.settings.kl_weight if self.teacher else 0.0
@@ -137,7 +144,8 @@ class Loop:
             loss = self._sums(self.train, part, 0).loss(kl_weight, ce_weight)
             (loss * (self.ranks.world / max(1, tokens))).backward()  # gradients are averaged over processes
             total += float(loss.detach())
-        total = self.ranks.total([total])[0] / max(1, tokens)
+        total, late = self.ranks.total([total, float(due and self.ranks.main)])
+        total /= max(1, tokens)
         norm = self._clip()
         if not (math.isfinite(total) and math.isfinite(norm)):
             kept = self.states.latest or {"step": 0}
@@ -150,7 +158,7 @@ class Loop:
             )
         self.optimizer.scale = self.settings.rate(self.step)
         self.optimizer.step()
-        return total
+        return total, late > 0
 
     def _clip(self) -> float:
         """Clips the gradient; returns its norm before."""

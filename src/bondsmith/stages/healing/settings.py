@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from bondsmith.stages.training import cosine
+from bondsmith.tensor.rounding import BITS
 
 LOSS_ON = ("auto", "all", "answers")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -37,9 +38,12 @@ class HealSettings:
         kl_weight, ce_weight: of the divergence from the original and of the cross entropy of the text.
         top_k: words of the original's distribution that are kept.
         embeddings: train embedding and head too.
+        round_bits, round_group: round every core to so many bits (groups of columns share a scale) in each forward pass while the full
+            numbers are trained: for a model that is rounded afterwards. 0 bits: no rounding. Networks that are rounded already have
+            their scales trained, whatever stands here.
         loss_on: all tokens, the assistant's answers only, or auto: answers without a teacher, all with one.
         validation_windows: windows per SPEC that are kept apart to validate on.
-        validate_every, save_every: steps; 0 is eight times in all, and at every validation.
+        validate_every, save_every: steps; 0 is eight times in all, and at every validation (and every ten minutes).
         patience: validations in a row without a gain that end the training; 0 for none.
         resident: ask the original while training, instead of its predictions on disk.
         checkpoint_activations: compute the blocks again in backward: less memory, a third more time.
@@ -52,7 +56,7 @@ class HealSettings:
     window: int = 512
     batch: int = 4
     micro_batch: int = 2
-    learning_rate: float = 0.005
+    learning_rate: float = 0.002
     norm_rate: float = 1e-3
     warmup: float = 0.05
     clip: float = 1.0
@@ -60,6 +64,8 @@ class HealSettings:
     ce_weight: float = 0.0
     top_k: int = 64
     embeddings: bool = False
+    round_bits: int = 0
+    round_group: int = 64
     loss_on: str = "auto"
     validation_windows: int = 4
     validate_every: int = 0
@@ -107,9 +113,21 @@ class HealSettings:
             raise HealError(f"warmup: {self.warmup} is not in [0, 1)")
         if self.kl_weight == self.ce_weight == 0:
             raise HealError("kl_weight and ce_weight are both 0: nothing would be trained")
+        if self.round_bits not in (0, *BITS):
+            raise HealError(f"round_bits: {self.round_bits} is not one of 0, {', '.join(map(str, BITS))}")
+        if self.round_group < 0:
+            raise HealError(f"round_group: {self.round_group} is negative")
         for name, choices in (("loss_on", LOSS_ON), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise HealError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+
+    def check_processes(self, world: int) -> None:
+        """Raises HealError unless the windows of a step can be dealt out evenly."""
+        if self.batch % world:
+            raise HealError(
+                f"batch: {self.batch} windows a step cannot be dealt out evenly to {world} processes; "
+                f"give a multiple of {world}, e.g. --batch {world * -(-self.batch // world)}"
+            )
 
     @property
     def steps(self) -> int:

@@ -1,0 +1,180 @@
+"""One training step of a model and of its compressed form: time, memory, bytes that a data-parallel step exchanges.
+
+    python benchmarks/training.py MODEL --keep 0.3
+
+Both take the same batch in turn, in one process: forward, backward and the optimizer's step, cross entropy, embedding and head frozen,
+Adam for the original, what `bondsmith heal` uses for the networks. The limit is the ratio of the multiply-adds of a step: the trained
+matrices three times (forward, gradient of the inputs, of the weights), the frozen head twice, attention scores three times; a network in
+the form it is trained in, k (O + I). Memory is the peak of a process of its own that takes two steps, less what it held before.
+The networks come from plain SVD: speed does not depend on the values in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+import bondsmith
+from bondsmith.model.blocks import find_blocks, matrices
+from bondsmith.model.source import load_whole, open_source
+from bondsmith.nn.free import free_all
+from bondsmith.nn.linear import MPOLinear
+from bondsmith.stages.training import Steps, trainable
+
+
+class Student:
+    """A model with its optimizer."""
+
+    def __init__(self, model: Any, networks: bool):
+        self.model = model
+        if networks:
+            free_all(model)
+            self.parameters = list(trainable(model).values())
+            self.optimizer: torch.optim.Optimizer = Steps(model, trainable(model), 0.001, 0.001)
+        else:
+            self.parameters = [p for n, p in model.named_parameters() if n not in ends(model)]
+            for parameter in model.parameters():
+                parameter.requires_grad_(any(parameter is p for p in self.parameters))
+            self.optimizer = torch.optim.Adam(self.parameters, lr=1e-5, foreach=True)
+
+    @property
+    def trained(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    @property
+    def state_bytes(self) -> int:
+        states = (t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in states)
+
+    def step(self, ids: Tensor) -> tuple[float, float]:
+        """Returns the seconds of forward and backward, and of the optimizer."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        F.cross_entropy(logits.float(), ids[:, 1:].flatten()).backward()
+        middle = time.perf_counter()
+        self.optimizer.step()
+        return middle - start, time.perf_counter() - middle
+
+
+def ends(model: Any) -> set[str]:
+    """Returns the names of embedding and head weights."""
+    weights = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return {n for n, p in model.named_parameters() if any(p is w for w in weights)}
+
+
+def multiply_adds(model: Any, tokens: int) -> int:
+    """Returns the multiply-adds of a training step per token."""
+    trained = 0
+    for block in model.get_submodule(find_blocks(model)):
+        for module in block.modules():
+            if isinstance(module, MPOLinear):
+                trained += sum(core.weight.numel() for core in module.cores)
+        inside = {id(c) for m in block.modules() if isinstance(m, MPOLinear) for c in m.cores}
+        trained += sum(m.weight.numel() for m in matrices(block).values() if id(m) not in inside)  # type: ignore[union-attr]
+    config = model.config
+    scores = 2 * config.num_hidden_layers * config.hidden_size * tokens / 2
+    return int(3 * trained + 2 * config.vocab_size * config.hidden_size + 3 * scores)
+
+
+def peak(model: str, networks: bool, ids: Tensor, threads: int, answer: Connection) -> None:
+    """Sends the peak memory of two steps, in bytes."""
+    torch.set_num_threads(threads)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    whole = (
+        bondsmith.load(model, dtype=torch.float32) if networks else load_whole(open_source(model, Path("/nonexistent")))
+    )
+    student = Student(whole, networks)
+    student.step(ids), student.step(ids)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    most = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), process.memory_info().rss)
+    answer.send(most - before)
+
+
+def peak_memory(model: Path, networks: bool, ids: Tensor) -> int:
+    receive, send = multiprocessing.Pipe()
+    arguments = (str(model), networks, ids, torch.get_num_threads(), send)
+    child = multiprocessing.get_context("spawn").Process(target=peak, args=arguments)
+    child.start()
+    found: int = receive.recv()
+    child.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--keep", type=float, default=0.3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(options.model, Path(folder) / "source")
+        settings: dict[str, Any] = {"metric": "frobenius", "uniform": True, "sites": "matrix", "evaluate": False}
+        small = bondsmith.compress(source.path, Path(folder) / "out", keep=options.keep, **settings)
+        ids = torch.randint(
+            0, source.config.vocab_size, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0)
+        )
+        memory = [0, 0]
+        if not options.no_memory:
+            memory = [peak_memory(p, n, ids) for p, n in ((source.path, False), (small.path, True))]
+        students = [Student(load_whole(source), False), Student(small.load(dtype=torch.float32), True)]
+        work = [multiply_adds(s.model, options.tokens) for s in students]
+        for student in students:
+            student.step(ids)
+        rounds = [[s.step(ids) for s in students] for _ in range(options.rounds)]
+    show(options, students, work, memory, rounds)
+
+
+def show(
+    options: argparse.Namespace,
+    students: list[Student],
+    work: list[int],
+    memory: list[int],
+    rounds: list[list[tuple[float, float]]],
+) -> None:
+    table = Table(
+        "",
+        "original",
+        f"compressed, keep {options.keep:g}",
+        "ratio",
+        title=f"batch {options.batch} x {options.tokens} tokens",
+    )
+
+    def row(name: str, values: list[float], unit: str, digits: int = 1) -> None:
+        table.add_row(
+            name, *(f"{v:.{digits}f} {unit}" for v in values), f"{values[0] / values[1]:.2f}" if values[1] else ""
+        )
+
+    row("forward and backward", [1000 * statistics.median(r[i][0] for r in rounds) for i in (0, 1)], "ms")
+    row("optimizer", [1000 * statistics.median(r[i][1] for r in rounds) for i in (0, 1)], "ms")
+    row("step", [1000 * statistics.median(sum(r[i]) for r in rounds) for i in (0, 1)], "ms")
+    row("multiply-adds a token", [w / 1e6 for w in work], "M")
+    row("trained parameters", [s.trained / 1e6 for s in students], "M", 2)
+    row("bytes exchanged by data parallelism (gradients)", [4 * s.trained / 1e6 for s in students], "MB")
+    row("optimizer state", [s.state_bytes / 1e6 for s in students], "MB")
+    row("peak memory of two steps", [m / 1e6 for m in memory], "MB", 0)
+    console = Console(width=120)
+    console.print(table)
+    speed = statistics.median(sum(r[0]) / sum(r[1]) for r in rounds)
+    console.print(f"speed-up {speed:.2f} of a limit of {work[0] / work[1]:.2f}: {speed * work[1] / work[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Plans: within their budgets, bounded by patterns, readable, editable, checked against the model; the profile behind them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bondsmith.model.blocks import HiddenBond
+from bondsmith.recipe import Recipe, RecipeError
+from bondsmith.stages.fast_profile import Seen, conditional_variances, fast_profile, rounding_unit
+from bondsmith.stages.plan import Plan, PlanError, uniform_plan
+from bondsmith.stages.planning import planned
+from bondsmith.stages.profile import Profile, TableProfile
+from bondsmith.tensor.fit import whitened_cut
+from bondsmith.tensor.metric import energy
+from bondsmith.tensor.rounding import Grid
+
+SHAPES = {
+    f"model.layers.{k}.{name}": (k, *shape)
+    for k in range(3)
+    for name, shape in {"attn.o": (48, 48), "mlp.up": (96, 48), "mlp.down": (48, 96)}.items()
+}
+OTHER = 64 * 48 + 100
+
+
+def moment(size: int, seed: int) -> torch.Tensor:
+    rows = torch.randn(4 * size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = rows * torch.logspace(0, -2, size, dtype=torch.float64)
+    return rows.T @ rows / len(rows)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(o, i, generator=generator) * (1 + k) for n, (k, o, i) in SHAPES.items()}
+
+
+def profile(**changes: Any) -> Profile:
+    W = weights()
+
+    def seen(k: int) -> Seen:
+        own = {n: s for n, s in SHAPES.items() if s[0] == k}
+        C = {n: moment(s[2], 10 * k + i) for i, (n, s) in enumerate(own.items())}
+        B = {n: moment(s[1], 100 + 10 * k + i) for i, (n, s) in enumerate(own.items())}
+        prefix = f"model.layers.{k}.mlp."
+        return Seen(C, B, [HiddenBond((prefix + "up",), prefix + "down", 96)])
+
+    matrices, bonds = fast_profile(SHAPES, W.__getitem__, seen, metric="loss", damping=1e-6)
+    table = TableProfile("model.embed", 64, 48, dict.fromkeys((0, 32, 64, 128), 0.5))
+    found = Profile("test", 4, OTHER, "loss", 1000, matrices, bonds, (table,))
+    return replace(found, **changes)
+
+
+@pytest.fixture(scope="module")
+def known() -> Profile:
+    return profile()
+
+
+def test_the_curve_is_half_the_error_of_the_best_cut(known: Profile) -> None:
+    name = "model.layers.1.attn.o"
+    C, B, W = moment(48, 10), moment(48, 110), weights()[name]
+    losses = known[name].cut_losses()
+    assert len(losses) == 49
+    assert losses[-1] == 0
+    for bond in (1, 7, 30):
+        cut = whitened_cut(W.double(), bond, input_moment=C, output_moment=B, damping=1e-6).to_matrix()
+        assert float(losses[bond]) == pytest.approx(0.5 * energy(W.double() - cut, C, B), rel=1e-3)
+
+
+def test_rounding_is_predicted_from_the_step_and_what_compensation_leaves() -> None:
+    """Against errors drawn evenly over a step, each compensated by the inputs after it: the definition of the residue."""
+    C = moment(12, 3)
+    v = conditional_variances(C)
+    for i in range(12):
+        rest = list(range(i + 1, 12))
+        explained = C[i, rest] @ torch.linalg.solve(C[rest][:, rest], C[rest, i]) if rest else torch.zeros(())
+        assert float(v[i]) == pytest.approx(float(C[i, i] - explained), rel=1e-6)
+    W = torch.rand(5, 12, dtype=torch.float64)
+    spread = sum(
+        0.5 * float((W[o, a : a + 4].max() - W[o, a : a + 4].min()) ** 2 * v[a : a + 4].sum()) / 12
+        for o in range(5)
+        for a in (0, 4, 8)
+    )
+    assert rounding_unit(W, v, None, 4) == pytest.approx(spread)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.25])
+def test_a_plan_keeps_its_budget_and_is_no_worse_than_a_uniform_one(known: Profile, keep: float) -> None:
+    plan = planned(known, Recipe(keep=keep))
+    assert 0.97 * keep < plan.keep <= keep
+    assert plan.loss == pytest.approx(sum(m.loss or 0 for m in plan.matrices))
+    even = uniform_plan(SHAPES, OTHER, Recipe(keep=keep, uniform=True), 4)
+    losses = [float(known[m.name].cut_losses()[m.bonds[0]]) for m in even.matrices if m.sites is not None]
+    assert plan.loss is not None
+    assert plan.loss < sum(losses)
+
+
+def test_dropping_channels_beats_cutting_alone_when_much_must_go(known: Profile) -> None:
+    both, cuts = (planned(known, Recipe(keep=0.3, channels=c)) for c in (True, False))
+    assert both.drops_channels
+    assert not cuts.drops_channels
+    assert both.loss is not None
+    assert cuts.loss is not None
+    assert both.loss < cuts.loss
+    for k in range(3):
+        up, down = (next(m for m in both.matrices if m.name == f"model.layers.{k}.mlp.{n}") for n in ("up", "down"))
+        assert up.rows == down.columns
+
+
+def test_bytes_count_everything_and_bits_are_chosen(known: Profile) -> None:
+    total = OTHER + sum(o * i for _, o, i in SHAPES.values())
+    for share in (0.5, 0.25, 0.2):
+        plan = planned(known, Recipe(bytes=f"{share}"))
+        assert plan.bytes(4) <= share * 4 * total
+        assert plan.tables[0].name == "model.embed"
+    assert any(m.grid is not None for m in plan.matrices)
+    unrounded = planned(known, Recipe(bytes="0.5", bits=(16,)))
+    assert not unrounded.tables
+    assert all(m.grid is None for m in unrounded.matrices)
+
+
+def test_several_budgets_hold_at_once(known: Profile) -> None:
+    plan = planned(known, Recipe(keep=0.6, multiply_adds=0.5, bytes="0.3"))
+    dense = sum(o * i for _, o, i in SHAPES.values())
+    assert plan.keep <= 0.6
+    assert sum(m.multiply_adds for m in plan.matrices) <= 0.5 * dense
+    assert plan.bytes(4) <= 0.3 * 4 * (OTHER + dense)
+
+
+def test_a_tolerated_loss_gives_the_smallest_file(known: Profile) -> None:
+    loose, tight = (planned(known, Recipe(loss=loss, bits=(16,))) for loss in (1.0, 0.01))
+    assert loose.loss is not None
+    assert tight.loss is not None
+    assert loose.loss <= 1.0
+    assert tight.loss <= 0.01
+    assert loose.bytes(4) < tight.bytes(4)
+    again = planned(known, Recipe(bytes=f"{loose.bytes(4) - 500}B", bits=(16,)))
+    assert again.loss is not None
+    assert again.loss > 0.98 * loose.loss
+
+
+def test_patterns_protect_and_bound(known: Profile) -> None:
+    recipe = Recipe(
+        keep=0.5, keep_dense=("*.layers.2.*",), bounds={"*.layers.0.*": (0.8, 1.0), "*.1.attn.o": (0.0, 0.35)}
+    )
+    plan = planned(known, recipe)
+    for m in plan.matrices:
+        share = m.parameters / m.dense_parameters
+        if m.block == 2:
+            assert not m.fitted
+        if m.block == 0:
+            assert share >= 0.8
+        if m.name == "model.layers.1.attn.o":
+            assert share <= 0.35
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"bytes": "3kB", "bits": (16,)},
+            r"bytes: 0.0 MB is out of reach, the smallest plan has .* embedding, head and norms",
+        ),
+        ({"keep": 0.001}, r"parameters: a budget of \d+ is out of reach, the least .* is"),
+        ({"keep": 0.5, "bounds": {"*.mlp.*": (0.9, 1.0)}}, r"parameters: a budget of [\d,]+ is out of reach"),
+    ],
+)
+def test_a_budget_out_of_reach_says_how_far_one_can_go(known: Profile, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        planned(known, Recipe(**settings))
+    blank = Profile.blank(SHAPES, OTHER, 4, known.tables)
+    with pytest.raises(PlanError, match=message):
+        planned(blank, Recipe(**settings))  # the same before any work
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give a budget"),
+        ({"uniform": True, "keep": 0.5, "bytes": "0.3"}, "either keep"),
+        ({"uniform": True, "keep": 0.5, "bits": (4, 3)}, "one width"),
+        ({"keep": 0.5, "bits": (5,)}, "bits: 5 is not one of"),
+        ({"keep": 0.5, "bounds": {"*": (0.6, 0.2)}}, "is not .least, largest."),
+        ({"loss": 0.1, "metric": "input"}, "predicts no nats"),
+        ({"plan": "plan.json", "keep": 0.5}, "needs no budget"),
+        ({"multiply_adds": 1.5}, "multiply_adds: 1.5 is not in"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**settings)
+
+
+def test_a_pattern_that_matches_nothing_is_named(known: Profile) -> None:
+    with pytest.raises(RecipeError, match=r"bounds: .\*.wrong. matches no matrix"):
+        planned(known, Recipe(keep=0.5, bounds={"*.wrong": (0.5, 1.0)}))
+
+
+def test_profile_and_plan_survive_a_file(known: Profile, tmp_path: Path) -> None:
+    known.save(tmp_path)
+    again = Profile.load(tmp_path)
+    recipe = Recipe(bytes="0.2")
+    plan = planned(again, recipe)
+    assert plan == planned(known, recipe)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert [m.to_json() for m in loaded.matrices] == [m.to_json() for m in plan.matrices]
+    assert loaded.bytes(4) == plan.bytes(4)
+    loaded.check(SHAPES, OTHER)
+    assert "predicted loss" in str(loaded)
+
+
+def edited(path: Path, change: Any) -> Plan:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["matrices"].pop(4),
+            r"model\.layers\.1\.mlp\.up: the model has this matrix, the plan has no entry",
+        ),
+        (lambda c: c["matrices"][3].update(name="other"), r"layers\.1\.attn\.o: the model has this matrix"),
+        (lambda c: c["matrices"][0].update(shape=[48, 40]), r"layers\.0\.attn\.o: the plan says block 0, 48 x 40"),
+        (lambda c: c["matrices"][0].update(sites=[[48, 1], [1, 40]], bonds=[8]), r"layers\.0\.attn\.o: sites"),
+        (
+            lambda c: c["matrices"][0].update(sites=[[48, 1], [1, 48]], bonds=[0]),
+            r"layers\.0\.attn\.o: bonds are integers",
+        ),
+        (
+            lambda c: c["matrices"][0].update(sites=[[48, 1], [1, 48]], bonds=[64]),
+            r"layers\.0\.attn\.o: bonds \[64\] are over",
+        ),
+        (lambda c: c["matrices"][0].update(grid={"bits": 5}), r"layers\.0\.attn\.o: ValueError: 5 bits do not exist"),
+        (lambda c: c["matrices"][1].update(rows=200), r"layers\.0\.mlp\.up: 200 of 96 rows cannot be kept"),
+        (lambda c: c.update(other_parameters=7), r"other_parameters: the plan counts 7"),
+    ],
+)
+def test_an_edited_plan_is_checked_entry_by_entry(known: Profile, tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "plan.json"
+    planned(known, Recipe(keep=0.9, channels=False)).save(path)
+    with pytest.raises(PlanError, match=message):
+        edited(path, change).check(SHAPES, OTHER)
+
+
+def test_what_is_no_plan_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{]")
+    with pytest.raises(PlanError, match="is not a plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_bytes_of_a_candidate_follow_its_grid() -> None:
+    plan = planned(profile(), Recipe(bytes="0.15"))
+    for m in plan.matrices:
+        if m.grid is not None and m.sites is None:
+            assert m.bytes(4) - m.grid.packed_bytes(*m.shape) < 1000
+    assert Grid(4, 64, symmetric=False).packed_bytes(2, 128) == 2 * (64 + 2 * 4)
