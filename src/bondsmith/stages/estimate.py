@@ -317,8 +317,8 @@ def _seconds(facts: Facts, recipe: Recipe, plan: Plan, speed: Speed | None) -> d
         found["gradients"] = _gradient_tokens(recipe) * once * (1 + _BACKWARD)
     if recipe.needs_moments:
         moments = sum(_groups(facts.block(0))) * facts.blocks * (1.6 if recipe.propagate else 0.6)
-        passes = 2.5 if recipe.propagate else 1.0
-        found["passes and moments"] = recipe.tokens * (passes * inside * _FORWARD + 1.3 * moments) / speed.single
+        passes = 3.2 if recipe.propagate else 1.1  # measured: closed_form.py in docs/decisions.md
+        found["passes and moments"] = recipe.tokens * (passes * inside * _FORWARD + 2.0 * moments) / speed.single
     if recipe.planned:
         found["profile"] = sum(_fit_seconds(m, recipe.changed(propagate=False), speed) for m in plan.matrices)
     found["networks"] = sum(_fit_seconds(m, recipe, speed) for m in plan.matrices if m.sites is not None)
