@@ -199,3 +199,22 @@ def test_cores_of_a_network_can_be_packed(spec: str, bonds: int, gauge: bool) ->
         core.train_scales()
     network(torch.randn(3, 64, requires_grad=True)).sum().backward()
     assert all(core.scales.grad.abs().sum() > 0 for core in network.cores)
+
+
+@pytest.mark.parametrize("grid", [Grid(8, 0), Grid(4, 32)], ids=str)
+def test_weights_and_activations_may_start_anywhere_in_memory(grid: Grid) -> None:
+    """Files in memory align to 8 bytes, slices of activations to 2: torch's int8 kernel crashes on either (found the hard way)."""
+    rounded = round_to_nearest(torch.randn(128, 256), grid)
+    packed = PackedLinear.from_rounded(rounded)
+    codes = packed.codes
+    room = torch.empty(codes.numel() + 128, dtype=torch.uint8)
+    shifted = room[(-room.data_ptr()) % 64 + 8 :][: codes.numel()].view(codes.shape)
+    packed.codes = shifted.copy_(codes)
+    for tokens in (1, 3, 24):
+        wide = torch.randn(tokens, 300, dtype=torch.bfloat16)
+        flat = torch.randn(tokens * 256 + 4, dtype=torch.bfloat16)[4:].view(tokens, 256)
+        for x in (wide[:, 4:260], flat, wide[:, :256]):
+            with torch.no_grad():
+                y = packed(x).float()
+            expected = x.float() @ rounded.dequantize().T
+            assert (y - expected).norm() < 0.02 * expected.norm()

@@ -34,8 +34,14 @@ def has_int4(grid: Grid, out_features: int, in_features: int) -> bool:
     return block > 0 and out_features % block == 0
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor starts where torch lets one start; the int8 kernel crashes on others, such as views and files in memory."""
+    return tensor.data_ptr() % 64 == 0
+
+
 def int8_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """`(T, O)` from `(T, I)` bfloat16 activations and bytes `(O, I)`, which are signed integers as they lie."""
+    x = x.contiguous() if is_aligned(x) or not x.is_contiguous() else x.clone()
     return torch.ops.aten._weight_int8pack_mm(x, packed.view(torch.int8), scales[:, 0].to(torch.bfloat16))
 
 

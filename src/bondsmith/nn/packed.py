@@ -116,9 +116,11 @@ class PackedMatrix(nn.Module):
         if x.dtype == torch.bfloat16 and x.device.type == "cpu":
             few = x.shape[0] <= kernels.INT8_UP_TO
             if few and kernels.has_int8(self.grid, self.rows, self.columns):
+                if not kernels.is_aligned(self.codes):  # as read from a file
+                    self.codes = self.codes.clone()
                 return kernels.int8_matmul(x, self.codes, self.scales)
             if kernels.has_int4(self.grid, self.rows, self.columns):
-                return self._multiply_int4(x)
+                return self._multiply_int4(x.contiguous())
         y = x.new_empty(x.shape[0], self.rows)
         codes, step = self.packed_codes(), max(1, _CHUNK // self.columns)
         for first in range(0, self.rows, step):

@@ -1,0 +1,49 @@
+"""The recipes that are shipped: each is valid, and gives a model of the size that it promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny
+
+import bondsmith
+from bondsmith.recipe import Recipe
+from bondsmith.stages.plan import Plan
+
+TWINS = ("int8", "int4", "88-percent", "93-percent", "best-at-88", "best-at-93")
+RECIPES = [Path(__file__).parent.parent / "recipes" / f"{name}.yaml" for name in TWINS]
+
+
+PAPER = Path(__file__).parent.parent / "recipes" / "paper-rules.yaml"
+
+
+@pytest.mark.parametrize("path", [*RECIPES, PAPER], ids=lambda p: p.stem)
+def test_a_recipe_is_valid(path: Path) -> None:
+    recipe = Recipe.read(path)
+    assert Recipe.from_settings(recipe.to_dict()) == recipe
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model wide enough for scales and headers not to decide its size."""
+    path = tmp_path_factory.mktemp("wide") / "llama"
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save_tiny(path, tie_word_embeddings=True, num_hidden_layers=4, **sizes)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "share"), [("int8", 0.26), ("int4", 0.15), ("best-at-88", 0.12), ("best-at-93", 0.07)]
+)
+def test_the_twins_have_the_size_they_promise(name: str, share: float, wide: Path, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe.read(Path(__file__).parent.parent / "recipes" / f"{name}.yaml")
+    recipe = recipe.changed(calibration=(str(text),), tokens=2048, window=64)
+    done = bondsmith.compress(wide, tmp_path / "out", recipe, evaluate=False)
+    size = done.results["size"]
+    assert size["compressed"]["bytes"] <= share * size["original"]["bytes_fp32"]
+    planned = Plan.load(done.path / "plan.json").bytes(2)
+    assert size["compressed"]["bytes"] == pytest.approx(planned, rel=0.02)
+    assert torch.isfinite(done.load()(input_ids=torch.arange(3, 27)[None]).logits).all()
