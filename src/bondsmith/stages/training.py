@@ -150,9 +150,14 @@ def _level(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-12)
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.T
+    one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    product = one
+    for _ in range(5):  # all on the small side: the polynomials commute with the Gram matrix
+        factor = a * one + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     x = x / (x.square().mean().sqrt() + 1e-12)
     return x.T if tall else x
 

@@ -38,7 +38,7 @@ class HealTrainer(Trainer):
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
         top_k: int = 64,
-        learning_rate: float = 0.002,
+        learning_rate: float = 0.0005,
         norm_rate: float = 1e-3,
         **kwargs: Any,
     ):
