@@ -3,7 +3,7 @@
     python benchmarks/methods.py MODEL --calibration FILE ... --evaluate FILE ... --keep 0.8 --tokens 65536
 
 prints a table of nats lost per token (mean over the evaluation texts), and its ratio to the first method: the plain sequential SVD of
-three sites, which is the method of arXiv 2401.14109 without its retraining; or whitened truncation, with `--methods 'as published' planned`.
+three sites, the method of arXiv 2401.14109 without its retraining; or whitened truncation, with `--methods 'as published' planned`.
 Evaluation text is never calibrated on: it comes from other files, or from documents of the
 same file that are held out.
 """
