@@ -41,7 +41,7 @@ def main() -> None:
             0, config.vocab_size, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0)
         )
         for keep in options.keep:
-            settings = {"keep": keep, "metric": "frobenius", "gauge": not options.no_gauge}
+            settings = {"keep": keep, "uniform": True, "metric": "frobenius", "gauge": not options.no_gauge}
             done = bondsmith.compress(source.path, Path(folder) / "out", overwrite=True, evaluate=False, **settings)
             compressed = done.load(dtype=torch.float32)
             size = done.results["size"]

@@ -103,10 +103,10 @@ def _add_inputs(model: nn.Module, windows: Tensor, found: dict[str, nn.Module], 
 def _add_gradients(model: nn.Module, windows: Tensor, found: dict[str, nn.Module], B: dict[str, Tensor]) -> None:
     for name, module in found.items():
 
-        def add(gradient: Tensor, total: Tensor = B[name]) -> None:
-            total.add_((gradient[0].T @ gradient[0]).to(torch.float64))
+        def watch(_: nn.Module, __: object, out: Tensor, total: Tensor = B[name]) -> None:
+            out.register_hook(lambda gradient: _add(total, gradient[0]))
 
-        module.register_forward_hook(lambda _, __, out, add=add: out.register_hook(add) and None)
+        module.register_forward_hook(watch)
     generator = torch.Generator().manual_seed(0)
     for window in windows:
         embedded = model.get_input_embeddings()(window[None]).requires_grad_()
@@ -115,3 +115,7 @@ def _add_gradients(model: nn.Module, windows: Tensor, found: dict[str, nn.Module
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     for total in B.values():
         total /= windows.numel()
+
+
+def _add(total: Tensor, rows: Tensor) -> None:
+    total.add_((rows.T @ rows).to(torch.float64))

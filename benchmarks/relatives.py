@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from observed import Matrix, add_arguments, observe
 from torch import Tensor
 
-from bondsmith.tensor import Sites, relative_error, whitened_cut
+from bondsmith.tensor import Sites, exact_cut, relative_error, whitened_cut
+from bondsmith.tensor.exact import Side
 from bondsmith.tensor.metric import damped
 
 DAMPING = 1e-6
-SHARES = (0.01, 0.03, 0.1)  # of the budget that goes to columns, rows or scalars
+SHARES = (0.02, 0.1, 0.3)  # of the budget that goes to columns, rows or scalars
 BLOCKS = (2, 4, 8, 16)
 
 
@@ -40,28 +42,13 @@ def cut(W: Tensor, C: Tensor, B: Tensor | None, budget: float) -> Tensor:
     return whitened_cut(W, bond, input_moment=C, output_moment=B, damping=DAMPING).to_matrix()
 
 
-def with_columns(W: Tensor, C: Tensor, B: Tensor | None, budget: float, share: float) -> Tensor:
-    """A cut and the columns that cost it most, kept exactly and corrected for what the cut misses."""
-    count = max(1, round(share * budget / len(W)))
-    D = W - cut(W, C, B, (1 - share) * budget)
-    cost = (D * (D if B is None else B @ D)).sum(0) * C.diagonal()
-    chosen = cost.argsort(descending=True)[:count].sort()[0]
-    rest = torch.ones(W.shape[1], dtype=torch.bool).index_fill(0, chosen, False).nonzero()[:, 0]
-    C_rs, C_ss = C[rest][:, chosen], damped(C[chosen][:, chosen], DAMPING)
-    carried = torch.linalg.solve(C_ss, C_rs.T)
-    complement = C[rest][:, rest] - C_rs @ carried
-    low = cut(W[:, rest], (complement + complement.T) / 2, B, budget - count * len(W))
-    found = W.clone()
-    found[:, rest] = low
-    found[:, chosen] += (W[:, rest] - low) @ carried.T
-    return found
-
-
-def with_rows(W: Tensor, C: Tensor, B: Tensor | None, budget: float, share: float) -> Tensor:
-    """The same on the output side."""
-    if B is None:
-        B = torch.eye(len(W), dtype=W.dtype)
-    return with_columns(W.T, B, C, budget, share).T
+def with_channels(W: Tensor, C: Tensor, B: Tensor | None, budget: float, share: float, side: Side) -> Tensor:
+    """Exact columns or rows for this share of the budget, and a cut of the others."""
+    long = len(W) if side == "columns" else W.shape[1]
+    count = max(1, round(share * budget / long))
+    rows, columns = (len(W), W.shape[1] - count) if side == "columns" else (len(W) - count, W.shape[1])
+    bond = cut_within(rows, columns, budget - count * long)
+    return exact_cut(W, count, bond, side=side, input_moment=C, output_moment=B, damping=DAMPING).to_matrix()
 
 
 def with_scalars(W: Tensor, C: Tensor, B: Tensor | None, budget: float, share: float) -> Tensor:
@@ -144,8 +131,8 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=["input", "loss"])
     options = parser.parse_args()
     methods: dict[str, tuple[Callable[..., Tensor | None], tuple[object, ...]]] = {
-        "columns": (with_columns, SHARES),
-        "rows": (with_rows, SHARES),
+        "columns": (partial(with_channels, side="columns"), SHARES),
+        "rows": (partial(with_channels, side="rows"), SHARES),
         "scalars": (with_scalars, SHARES),
         "blocks": (with_blocks, BLOCKS),
         "blast": (blast, (4,)),

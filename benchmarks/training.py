@@ -6,7 +6,7 @@ Both take the same batch in turn, in one process: forward, backward and the opti
 Adam for the original, what `bondsmith heal` uses for the networks. The limit is the ratio of the multiply-adds of a step: the trained
 matrices three times (forward, gradient of the inputs, of the weights), the frozen head twice, attention scores three times; a network in
 the form it is trained in, k (O + I). Memory is the peak of a process of its own that takes two steps, less what it held before.
-The networks come from plain SVD: speed does not depend on the values in them.
+The networks are random: speed does not depend on the values in them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel
 
-import bondsmith
-from bondsmith.model.blocks import find_blocks, matrices
-from bondsmith.model.source import load_whole, open_source
+from bondsmith.model.blocks import find_blocks, matrices, shape
+from bondsmith.model.hub import replace_matrices
+from bondsmith.model.source import Source, load_whole, open_source
 from bondsmith.nn.free import free_all
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.stages.training import Steps, trainable
+from bondsmith.tensor.sites import Sites
 
 
 class Student:
@@ -90,24 +92,39 @@ def multiply_adds(model: Any, tokens: int) -> int:
     return int(3 * trained + 2 * config.vocab_size * config.hidden_size + 3 * scores)
 
 
-def peak(model: str, networks: bool, ids: Tensor, threads: int, answer: Connection) -> None:
+def compressed(source: Source, keep: float) -> PreTrainedModel:
+    """Returns the model with a matrix cut of random numbers in the place of every matrix of its blocks."""
+    model = load_whole(source)
+    path = find_blocks(model)
+    networks = {}
+    for k, block in enumerate(model.get_submodule(path)):  # type: ignore[arg-type]
+        for name, matrix in matrices(block).items():
+            rows, columns = shape(matrix)
+            bonds = Sites((rows, 1), (1, columns)).bonds_within(int(keep * rows * columns), True)
+            networks[f"{path}.{k}.{name}"] = {"sites": [[rows, 1], [1, columns]], "bonds": bonds, "gauge": True}
+    replace_matrices(model, networks)
+    return model
+
+
+def student(source: Source, keep: float | None) -> Student:
+    return Student(load_whole(source) if keep is None else compressed(source, keep), keep is not None)
+
+
+def peak(model: str, keep: float | None, ids: Tensor, threads: int, answer: Connection) -> None:
     """Sends the peak memory of two steps, in bytes."""
     torch.set_num_threads(threads)
     process = psutil.Process()
     before = process.memory_info().rss
-    whole = (
-        bondsmith.load(model, dtype=torch.float32) if networks else load_whole(open_source(model, Path("/nonexistent")))
-    )
-    student = Student(whole, networks)
-    student.step(ids), student.step(ids)
+    one = student(open_source(model, Path("/nonexistent")), keep)
+    one.step(ids), one.step(ids)
     lines = Path("/proc/self/status").read_text().splitlines()
     most = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), process.memory_info().rss)
     answer.send(most - before)
 
 
-def peak_memory(model: Path, networks: bool, ids: Tensor) -> int:
+def peak_memory(model: Path, keep: float | None, ids: Tensor) -> int:
     receive, send = multiprocessing.Pipe()
-    arguments = (str(model), networks, ids, torch.get_num_threads(), send)
+    arguments = (str(model), keep, ids, torch.get_num_threads(), send)
     child = multiprocessing.get_context("spawn").Process(target=peak, args=arguments)
     child.start()
     found: int = receive.recv()
@@ -126,18 +143,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(options.model, Path(folder) / "source")
-        settings: dict[str, Any] = {"metric": "frobenius", "uniform": True, "sites": "matrix", "evaluate": False}
-        small = bondsmith.compress(source.path, Path(folder) / "out", keep=options.keep, **settings)
         ids = torch.randint(
             0, source.config.vocab_size, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0)
         )
         memory = [0, 0]
         if not options.no_memory:
-            memory = [peak_memory(p, n, ids) for p, n in ((source.path, False), (small.path, True))]
-        students = [Student(load_whole(source), False), Student(small.load(dtype=torch.float32), True)]
+            memory = [peak_memory(source.path, keep, ids) for keep in (None, options.keep)]
+        students = [student(source, keep) for keep in (None, options.keep)]
         work = [multiply_adds(s.model, options.tokens) for s in students]
-        for student in students:
-            student.step(ids)
+        for one in students:
+            one.step(ids)
         rounds = [[s.step(ids) for s in students] for _ in range(options.rounds)]
     show(options, students, work, memory, rounds)
 

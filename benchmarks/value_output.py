@@ -24,17 +24,27 @@ DAMPING = 1e-4
 
 
 @torch.no_grad()
-def attended(model: torch.nn.Module, windows: Tensor, block: int) -> Tensor:
-    """What each head attends to: its weighted mean of the inputs of `v`, (tokens, heads, width)."""
-    seen: list[Tensor] = []
-    layer = model.get_submodule(f"model.layers.{block}.self_attn.v_proj")
-    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
-    found = []
+def attended(model: torch.nn.Module, windows: Tensor, blocks: list[int]) -> dict[int, Tensor]:
+    """What each head attends to, by block: its weighted mean of the inputs of `v`, (tokens, heads, width)."""
+    seen: dict[int, Tensor] = {}
+    found: dict[int, list[Tensor]] = {block: [] for block in blocks}
+    handles = []
+    for block in blocks:
+        attention = model.get_submodule(f"model.layers.{block}.self_attn")
+
+        def read(_: torch.nn.Module, inputs: tuple[Tensor, ...], block: int = block) -> None:
+            seen[block] = inputs[0][0]
+
+        def attend(_: torch.nn.Module, __: object, out: tuple[Tensor, Tensor], block: int = block) -> None:
+            found[block].append(torch.einsum("hts,sd->thd", out[1][0], seen[block]))
+
+        handles.append(attention.v_proj.register_forward_pre_hook(read))
+        handles.append(attention.register_forward_hook(attend))
     for window in windows:
-        weights = model.model(window[None], use_cache=False, output_attentions=True).attentions[block][0]
-        found.append(torch.einsum("hts,sd->thd", weights, seen.pop()))
-    handle.remove()
-    return torch.cat(found).to(torch.float64)
+        model.model(window[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {block: torch.cat(parts).to(torch.float64) for block, parts in found.items()}
 
 
 def cut(W: Tensor, keep: float, C: Tensor, B: Tensor | None = None) -> Tensor:
@@ -94,10 +104,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     ids = tokenizer(read_text(options.text)[: 8 * options.tokens], return_tensors="pt").input_ids[0, : options.tokens]
     print("| block, keep | separate cuts, gauge | joint |\n|---|---|---|")
+    seen = attended(model, ids.reshape(-1, WINDOW), options.blocks)
     for block in options.blocks:
         attention = model.get_submodule(f"model.layers.{block}.self_attn")
         V, O = (p.weight.detach().to(torch.float64) for p in (attention.v_proj, attention.o_proj))  # noqa: E741
-        train, test = attended(model, ids.reshape(-1, WINDOW), block).chunk(2)
+        train, test = seen[block].chunk(2)
         head = O.shape[1] // train.shape[1]
         true = inner(V, test, head).flatten(1) @ O.T
         for keep in options.keep:

@@ -134,8 +134,8 @@ def test_no_tokenizer(tmp_path: Path, text: Path) -> None:
         ({"keep": -0.5}, "keep: -0.5 is not in"),
         ({"keep": 1.5}, "keep: 1.5 is not in"),
         ({"keep": "much"}, "'much' is not a number"),
-        ({"keep": None}, "give either keep"),
-        ({"bytes": "0.5"}, "give either keep"),
+        ({"keep": None}, "give a budget: keep"),
+        ({"bytes": "0.5", "uniform": True}, "give either keep"),
         ({"keep": None, "bytes": "38XB"}, "neither a share like 0.07 nor a size"),
         ({"keep": None, "bytes": "7"}, "write a unit for a size, e.g. 7MB"),
         ({"metric": "l2"}, "metric: 'l2' is not one of"),
@@ -157,8 +157,16 @@ def test_settings(settings: dict[str, Any], match: str, model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"keep": 1e-5}, r"model\.layers\.0\.self_attn\.q_proj: 32 x 32 at keep 1e-05: .* bond 1"),
-        ({"keep": None, "bytes": "1kB"}, r"bytes: 1kB is 0\.0 MB, but embedding, head and norms alone take"),
+        ({"keep": 1e-5, "uniform": True}, r"model\.layers\.0\.self_attn\.q_proj: 32 x 32 at keep 1e-05: .* bond 1"),
+        (
+            {"keep": 1e-5},
+            r"parameters: a budget of 0 is out of reach, the least with these bounds and budgets is 10,944",
+        ),
+        (
+            {"keep": None, "bytes": "1kB", "uniform": True},
+            r"bytes: 1kB is 0\.0 MB, but embedding, head and norms alone take",
+        ),
+        ({"keep": None, "bytes": "1kB"}, r"bytes: 0\.0 MB is out of reach, the smallest plan has 0\.0 MB"),
         ({"sites": "(5,4)(7,8)", "metric": "frobenius"}, r"q_proj: 32 x 32 .*"),
         ({"sites": "thin:7"}, r"32 % 7 = 4"),
     ],
@@ -257,7 +265,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
     [
         (("compress", "no/such/model", "--out", "OUT", "--keep", "0.5"), "error: no/such/model: no such directory"),
         (("compress", "MODEL", "--out", "OUT", "--keep", "0"), "error: keep: 0.0 is not in"),
-        (("compress", "MODEL", "--out", "OUT"), "error: give either keep"),
+        (("compress", "MODEL", "--out", "OUT"), "error: give a budget: keep"),
         (
             ("compress", "MODEL", "--out", "OUT", "--keep", "0.5", "--calibration", "x.txt"),
             "error: x.txt: no such file",

@@ -36,7 +36,7 @@ def compress(path: Path, text: Path, out: Path, **settings: object) -> bondsmith
 
 def test_compress_save_load_generate(family: tuple[PreTrainedModel, Path], text: Path, tmp_path: Path) -> None:
     model, path = family
-    done = compress(path, text, tmp_path / "out", keep=0.7)
+    done = compress(path, text, tmp_path / "out", keep=0.7, uniform=True)
     small = done.load()
     blocks = model.get_submodule(find_blocks(model))
     assert sum(isinstance(m, MPOLinear) for m in small.modules()) == sum(len(matrices(b)) for b in blocks)
@@ -69,8 +69,8 @@ def test_networks_with_full_bonds_change_nothing(
         )
         return replace(plan, matrices=matrices)
 
-    monkeypatch.setattr("bondsmith.pipeline.uniform_plan", full)
-    done = compress(path, text, tmp_path / "out", keep=0.7, sites=sites, metric=metric, damping=1e-6)
+    monkeypatch.setattr("bondsmith.run.uniform_plan", full)
+    done = compress(path, text, tmp_path / "out", keep=0.7, uniform=True, sites=sites, metric=metric, damping=1e-6)
     small = done.load()
     assert any(isinstance(m, MPOLinear) for m in small.modules())
     assert torch.allclose(logits(small), logits(model), atol=1e-4)

@@ -16,7 +16,10 @@ TWINS = ("int8", "int4", "88-percent", "93-percent", "best-at-88", "best-at-93")
 RECIPES = [Path(__file__).parent.parent / "recipes" / f"{name}.yaml" for name in TWINS]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+PAPER = Path(__file__).parent.parent / "recipes" / "paper-rules.yaml"
+
+
+@pytest.mark.parametrize("path", [*RECIPES, PAPER], ids=lambda p: p.stem)
 def test_a_recipe_is_valid(path: Path) -> None:
     recipe = Recipe.read(path)
     assert Recipe.from_settings(recipe.to_dict()) == recipe

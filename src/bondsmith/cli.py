@@ -262,6 +262,9 @@ def profile(
     limit: Annotated[int | None, typer.Option(help="Rows per task.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
+    probes: Annotated[
+        int | None, typer.Option(help="Windows on which probes correct the scale of the predictions (none).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew.")] = False,
 ) -> None:
@@ -273,7 +276,7 @@ def profile(
         from bondsmith.planner import profile as fast
 
         wanted = {"metric": metric, "calibration": calibration, "evaluation": evaluation, "tokens": tokens}
-        wanted |= {"window": window, "device": device, "seed": seed}
+        wanted |= {"window": window, "device": device, "seed": seed, "probe_windows": probes}
         with progress_bars() as show:
             found = fast(
                 model,

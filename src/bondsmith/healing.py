@@ -39,7 +39,7 @@ from bondsmith.stages.healing.settings import HealError, HealSettings
 from bondsmith.stages.healing.shard import compute_again, keeps_apart, shard
 from bondsmith.stages.healing.state import States
 from bondsmith.stages.healing.teacher import Cache, ask
-from bondsmith.stages.training import Steps, trainable
+from bondsmith.stages.training import Steps, reduced_matrices, trainable
 
 Progress = Callable[[str, float], None]
 Tell = Callable[[Moment], None]
@@ -327,12 +327,13 @@ class _Run:
                 self.settings.embeddings or not isinstance(module, PackedEmbedding)
             ):
                 module.train_scales()
-        trainable(student, self.settings.embeddings)
+        dense = reduced_matrices(self.source.config.quantization_config)
+        trainable(student, self.settings.embeddings, dense)
         if self.settings.checkpoint_activations:
             compute_again(BlockRunner(student, _path(self.source)).blocks)
         if self.ranks.several:
             shard(student, BlockRunner(student, _path(self.source)).blocks, self.ranks)
-        parameters = trainable(student, self.settings.embeddings)
+        parameters = trainable(student, self.settings.embeddings, dense)
         optimizer = Steps(student, parameters, self.settings.learning_rate, self.settings.norm_rate)
         states = States(self.work, self.ranks)
         loop = Loop(

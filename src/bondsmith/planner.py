@@ -31,7 +31,17 @@ from bondsmith.stages.profile import Profile
 from bondsmith.stages.profile_page import fast_sections, write_page
 
 PAGE = "profile.html"
-SHARED = ("metric", "calibration", "tokens", "window", "damping", "seed", "evaluation", "evaluation_windows")
+SHARED = (
+    "metric",
+    "calibration",
+    "tokens",
+    "window",
+    "damping",
+    "seed",
+    "evaluation",
+    "evaluation_windows",
+    "probe_windows",
+)
 
 
 @dataclass(frozen=True)

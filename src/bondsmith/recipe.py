@@ -42,6 +42,7 @@ class Recipe:
         plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
         profile: directory of a finished profile to go on from; the settings of calibration are taken from it.
         bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
+        probe_windows: calibration windows on which probes correct the scale of the profile, block by block; 0 leaves it as predicted.
         channels: a plan may also drop hidden channels of MLPs (their hidden bond), refitting the matrix that reads them.
         metric: error that the networks minimise: frobenius, input (second moments of inputs) or loss (also of gradients).
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
@@ -74,6 +75,7 @@ class Recipe:
     plan: str | None = None
     profile: str | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    probe_windows: int = 0
     channels: bool = True
     metric: str = "loss"
     sites: str = "auto"
@@ -108,7 +110,16 @@ class Recipe:
         self._check()
 
     def _check_types(self) -> None:
-        for name in ("tokens", "window", "evaluation_windows", "blockwise", "blockwise_ahead", "seed", "group"):
+        for name in (
+            "tokens",
+            "window",
+            "evaluation_windows",
+            "blockwise",
+            "blockwise_ahead",
+            "seed",
+            "group",
+            "probe_windows",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise RecipeError(f"{name}: {value!r} is not a whole number")

@@ -29,7 +29,9 @@ from bondsmith.stages import decompose, moments
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
 from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, uniform_plan
 from bondsmith.stages.planning import planned
+from bondsmith.stages.probe import measure_probes
 from bondsmith.stages.profile import Profile, TableProfile
+from bondsmith.stages.scaling import parts, probe_of, scaled
 from bondsmith.stages.streams import Stream
 
 Progress = Callable[[str, float], None]
@@ -147,8 +149,41 @@ class Run:
         tokens = self.gradient_ids(job).numel() if metric != "frobenius" else 0
         tables = self.tables(opened, job) if metric != "frobenius" else ()
         profile = Profile(opened.source.name, itemsize, other_parameters, metric, tokens, curves, bonds, tables)
+        if self.recipe.probe_windows and metric == "loss":
+            profile = self.scaled(opened, job, profile)
         profile.save(folder)
         return profile
+
+    def scaled(self, opened: Opened, job: decompose.Job, profile: Profile) -> Profile:
+        """Returns the profile with its scale corrected by measured probes."""
+
+        def seen(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            block = opened.shapes[name][0]
+            inside = name.removeprefix(f"{opened.runner.path}.{block}.")
+            folder = self.gradients_folder
+            C, B = moments.load_input_moments(folder, block)[inside], moments.load_output_moments(folder, block)[inside]
+            return C, B
+
+        with self.stage("probes"):
+            found = parts(profile)
+            results = measure_probes(
+                opened.source,
+                opened.runner,
+                job.ids[: self.recipe.probe_windows],
+                [probe_of(part, seen, self.recipe.damping) for part in found],
+                self.work / "probes",
+                job.device,
+                lambda share: self.progress("probes", share),
+            )
+            for part, result in zip(found, results, strict=True):
+                log.info(
+                    "probe %s at bond %d: %.5f predicted, %.5f measured",
+                    part.probed,
+                    part.bond,
+                    part.predicted,
+                    result.kl,
+                )
+        return scaled(profile, found, results)
 
     def tables(self, opened: Opened, job: decompose.Job) -> tuple[TableProfile, ...]:
         """Returns embedding and head with the predicted loss of rounding them."""

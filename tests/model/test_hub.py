@@ -126,7 +126,14 @@ def test_untied_head_is_kept(tmp_path: Path, text: Path) -> None:
 
     save_tiny(tmp_path / "model", tie_word_embeddings=False)
     done = bondsmith.compress(
-        tmp_path / "model", tmp_path / "out", keep=0.7, calibration=[str(text)], tokens=512, window=32, evaluate=False
+        tmp_path / "model",
+        tmp_path / "out",
+        keep=0.7,
+        uniform=True,
+        calibration=[str(text)],
+        tokens=512,
+        window=32,
+        evaluate=False,
     )
     model = done.load()
     assert model.lm_head.weight is not model.get_input_embeddings().weight

@@ -263,3 +263,26 @@ def test_bytes_of_a_candidate_follow_its_grid() -> None:
         if m.grid is not None and m.sites is None:
             assert m.bytes(4) - m.grid.packed_bytes(*m.shape) < 1000
     assert Grid(4, 64, symmetric=False).packed_bytes(2, 128) == 2 * (64 + 2 * 4)
+
+
+def test_probes_correct_the_scale_part_by_part(tmp_path: Path) -> None:
+    """On a real tiny model; the corrected prediction of a probed cut is what was measured."""
+    from conftest import save_tiny, write_text
+
+    from bondsmith import planner
+    from bondsmith.stages.scaling import parts
+
+    save_tiny(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt", 3000)
+    shared = {"calibration": [str(text)], "tokens": 1024, "window": 32}
+    plain = planner.profile(tmp_path / "model", tmp_path / "plain", **shared).profile
+    probed = planner.profile(tmp_path / "model", tmp_path / "probed", probe_windows=4, **shared).profile
+    log = (tmp_path / "probed" / "log.txt").read_text()
+    assert len(parts(plain)) == 6
+    for part in parts(plain):
+        line = next(line for line in log.splitlines() if f"probe {part.probed} at bond {part.bond}:" in line)
+        measured = float(line.split(" predicted, ")[1].split()[0])
+        factor = min(50.0, max(0.2, measured / part.predicted))
+        for name in part.members:
+            before, after = (float(p[name].cut_losses()[part.bond]) for p in (plain, probed))
+            assert after == pytest.approx(factor * before, rel=0.05)

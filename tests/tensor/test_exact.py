@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bondsmith.tensor import exact_cut, exact_spectrum, moment_root, relative_error, whitened_cut
+from bondsmith.tensor import best_count, exact_cut, exact_spectrum, moment_root, relative_error, whitened_cut
 
 
 def randn(*shape, seed=0):
@@ -50,6 +50,24 @@ def test_loud_channels_are_worth_it():
     assert relative_error(W, found.to_matrix(), C) < 0.9 * relative_error(W, plain, C)
 
 
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_the_best_count_keeps_the_budget_and_knows_its_error(side):
+    W, loud = randn(40, 40), torch.ones(40, dtype=torch.float64)
+    loud[::8] = 20.0
+    moments = {"input_moment" if side == "columns" else "output_moment": torch.diag(loud**2)}
+    budget = 900
+    count, bond, error = best_count(W, budget, side=side, **moments, damping=0.0)
+    found = exact_cut(W, count, bond, side=side, **moments, damping=0.0)
+    assert found.parameters <= budget
+    D = W - found.to_matrix()
+    scaled = D * loud if side == "columns" else D * loud[:, None]
+    torch.testing.assert_close(scaled.square().sum().item(), error)
+    assert best_count(W, budget, side=side, **moments, damping=0.0, shares=())[2] > error
+    assert best_count(W, budget, side=side, damping=0.0, shares=(0.9,))[0] == 0
+    with pytest.raises(ValueError, match=r"need 79 parameters at bond 1"):
+        best_count(W, 10)
+
+
 def test_dtype_and_bad_counts():
     W = randn(6, 8).float()
     found = exact_cut(W, 2, 3, input_moment=moment(8, 1))
@@ -61,3 +79,6 @@ def test_dtype_and_bad_counts():
         exact_cut(W, 2, 3, input_moment=moment(6, 1))
     with pytest.raises(ValueError, match=r"output moment has shape \(5, 5\)"):
         exact_spectrum(W, 2, output_moment=moment(5, 1))
+    indefinite = torch.eye(8) + 3 * (torch.ones(8, 8) - torch.eye(8))
+    with pytest.raises(ValueError, match=r"input moment is indefinite"):
+        exact_cut(W, 2, 3, input_moment=indefinite)

@@ -169,6 +169,29 @@ def test_bad_moments(moments, message):
         cut_spectrum(torch.ones(4, 6), **moments)
 
 
+def test_an_indefinite_moment_of_the_longer_side():
+    indefinite = torch.eye(6) + 3 * (torch.ones(6, 6) - torch.eye(6))
+    for call in (whitened_cut, lambda *args, **moments: cut_spectrum(args[0], **moments)):
+        with pytest.raises(
+            ValueError, match=r"input moment is indefinite: what the weight sees has eigenvalues from -"
+        ):
+            call(randn(4, 6), 2, input_moment=indefinite)
+        with pytest.raises(ValueError, match=r"output moment is indefinite"):
+            call(randn(6, 4), 2, output_moment=indefinite)
+
+
+@pytest.mark.parametrize("bond", [0, -1, 2.5, "3", True])
+def test_bad_bonds(bond):
+    sites = Sites((2, 3), (3, 2))
+    for call in (
+        lambda W: whitened_cut(W, bond),
+        lambda W: sequential_svd(W, sites, bond),
+        lambda W: sequential_svd(W, sites, [bond]),
+    ):
+        with pytest.raises(ValueError, match=rf"bonds are integers of at least 1, not {bond!r}"):
+            call(randn(6, 6))
+
+
 def test_bad_weights():
     with pytest.raises(ValueError, match=r"weight holds 1 NaN or infinite entries of 4"):
         whitened_cut(torch.tensor([[1.0, float("inf")], [0.0, 1.0]]), 1)

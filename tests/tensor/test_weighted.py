@@ -14,7 +14,7 @@ from bondsmith.tensor import (
 )
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.mpo import fold
-from bondsmith.tensor.weighted import _Problem, left_block, leg_moments, put_in, right_block, take_out
+from bondsmith.tensor.weighted import _Problem, fit_cores, left_block, leg_moments, put_in, right_block, take_out
 
 
 def randn(*shape, seed=0):
@@ -107,6 +107,25 @@ def test_propagated_target_is_what_compressed_inputs_ask_for(sites):
     assert lost[1] < 0.95 * lost[0]
     # what no matrix can reach, and the error of the fit, add up exactly: the fit needs nothing but target and moment
     torch.testing.assert_close(lost[1], lost[2] + ((target - aware) @ xh).square().sum())
+
+
+@pytest.mark.parametrize("sites", [SITES[1], parse_sites("matrix", 24, 36)])
+def test_single_cores_are_fitted_to_what_the_others_leave(sites):
+    metric = {"input_moment": C, "output_moment": B, "damping": 1e-6}
+    cores = [
+        core + 0.05 * randn(*core.shape, seed=k) for k, core in enumerate(fit_mpo(WEIGHT, sites, 6, **metric).mpo.cores)
+    ]
+
+    def error(cores):
+        return relative_error(WEIGHT, fold(cores), C, B)
+
+    for which in ([0], [sites.n - 1], [0, 1]):
+        found = fit_cores(WEIGHT, cores, which, **metric)
+        assert error(found) < 0.9 * error(cores)
+        assert all(torch.equal(found[k], cores[k]) for k in range(sites.n) if k not in which)
+    (alone,) = (fit_cores(WEIGHT, cores, [0], solver_steps=100, **metric)[k] for k in [0])
+    step = 1e-3 * randn(*alone.shape, seed=9)
+    assert error([alone, *cores[1:]]) <= min(error([alone + step, *cores[1:]]), error([alone - step, *cores[1:]]))
 
 
 def test_the_matrix_cut_is_the_closed_form():

@@ -3,8 +3,8 @@
 - Every core is an `nn.Linear` without bias, so LoRA, GPTQ hooks, FSDP and quantisers see it; the contraction calls it.
 - `contract` site by site, or `materialise` the matrix for one GEMM: a threshold on the tokens, fixed at construction,
   decides.
-- Training keeps the input and, of a matrix cut, the bond; longer chains and built matrices are computed again in
-  backward.
+- Training keeps the input and, of two sites, what passes between them; longer chains and built matrices are computed
+  again in backward.
 - A core that somebody wrapped or hooked is always called, never read past. A core may be a `PackedLinear`.
 
 Legend: `T` tokens, `O`/`I` features, `k` the bond of a matrix cut, `a, b` bonds, `o, i` legs.
@@ -119,7 +119,8 @@ class MPOLinear(nn.Module):
         """`(..., O)` for `x` of shape `(..., I)`."""
         if self._is_cut:
             return self._forward_cut(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        chain = self.sites.n > 2 or x.numel() >= self._materialise_from  # two sites keep one intermediate, no more
+        if chain and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             y: Tensor = checkpoint(self._forward_network, x, use_reentrant=False)
             return y
         return self._forward_network(x)
@@ -201,6 +202,8 @@ class MPOLinear(nn.Module):
 
 def reorder(y: Tensor, order: Tensor) -> Tensor:
     """`y[..., order]` for a permutation `order`."""
+    if not torch.is_grad_enabled():
+        return y.index_select(-1, order)  # 3 us less, which counts when decoding
     moved: Tensor = _Reorder.apply(y, order)
     return moved
 

@@ -43,7 +43,7 @@ class SimulatedLinear(nn.Linear):
 class _Rounding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, grid: Grid) -> Tensor:
-        return round_to_nearest(weight, grid, search=False).dequantize(weight.dtype)
+        return round_to_nearest(weight, grid).dequantize(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -10,7 +10,7 @@ the state that is best on them is kept, the untrained one included.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -65,17 +65,20 @@ class Outcome:
     kept: bool
 
 
-def distill(lesson: Lesson, block: nn.Module, recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Outcome]:
+def distill(
+    lesson: Lesson, block: nn.Module, recipe: Recipe, dtype: torch.dtype, dense: Collection[str] = ()
+) -> tuple[nn.Module, Outcome]:
     """Returns the trained block, its numbers rounded to `dtype`, or `block` itself where that is better on held-out windows.
 
-    Needs two windows at least; with one, nothing is held out and nothing is trained.
+    Networks and norms are trained, and the linear layers named in `dense`. Needs two windows at least; with one, nothing is held out and
+    nothing is trained.
     """
     count = len(lesson.ids)
     held = list(range(count - max(1, count // HELD_OUT), count)) if count > 1 else []
     before = _error(lesson, block, held)
     if not held or held[0] == 0:
         return block, Outcome(before, before, 0, False)
-    learner = _Learner(lesson, copy.deepcopy(block), recipe, windows=held[0])
+    learner = _Learner(lesson, copy.deepcopy(block), recipe, held[0], dense)
     best, best_error, misses = learner.state(), before, 0
     while learner.epochs < recipe.blockwise and misses < PATIENCE:
         learner.epoch()
@@ -85,22 +88,23 @@ def distill(lesson: Lesson, block: nn.Module, recipe: Recipe, dtype: torch.dtype
         else:
             misses += 1
             learner.restore(best)
-    learner.block.load_state_dict(best)
-    trained = learner.finished(dtype)
-    after = _error(lesson, trained, held)
-    if not after < before:
-        return block, Outcome(before, before, learner.epochs, False)
-    return trained, Outcome(before, after, learner.epochs, True)
+    if best_error < before:
+        learner.block.load_state_dict(best)
+        trained = learner.finished(dtype)
+        after = _error(lesson, trained, held)
+        if after < before:
+            return trained, Outcome(before, after, learner.epochs, True)
+    return block, Outcome(before, before, learner.epochs, False)
 
 
 class _Learner:
     """A block in training on the first `windows`; gauged networks are in their free form meanwhile, of packed ones the scales train."""
 
-    def __init__(self, lesson: Lesson, block: nn.Module, recipe: Recipe, windows: int):
+    def __init__(self, lesson: Lesson, block: nn.Module, recipe: Recipe, windows: int, dense: Collection[str]):
         self.lesson, self.block, self.recipe, self.windows = lesson, block, recipe, windows
         self.gauged = free_all(block)
         train_scales(block)
-        self.optimizer = Steps(block, trainable(block), recipe.blockwise_rate, NORM_RATE)
+        self.optimizer = Steps(block, trainable(block, dense=dense), recipe.blockwise_rate, NORM_RATE)
         self.batch = max(1, BATCH_TOKENS // lesson.ids.shape[1])
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.epochs = self.step = 0

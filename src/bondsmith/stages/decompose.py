@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, shape, trace_groups, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
@@ -161,12 +162,13 @@ def _compress_block(job: Job, k: int) -> None:
     for name, layer in layers.items():
         compressed.set_submodule(name, layer)
     if job.recipe.blockwise and layers:
-        compressed = _train(job, k, compressed)
+        dense = [name for name in reduced if isinstance(compressed.get_submodule(name), nn.Linear | Conv1D)]
+        compressed = _train(job, k, compressed, dense)
     write_json(job.work / f"errors-{k}.json", errors)
     write_shard(job.shard(k), {prefix + n: t for n, t in saved_state(compressed, job.dtype).items()})
 
 
-def _train(job: Job, k: int, compressed: nn.Module) -> nn.Module:
+def _train(job: Job, k: int, compressed: nn.Module, dense: list[str]) -> nn.Module:
     """Returns the block after block-wise distillation; what leaves it goes to the stream of the next one."""
     streams = (_stream(job, "compressed", k), _stream(job, "original", k), _stream(job, "original", k + 1))
     further = range(k + 1, min(k + 1 + job.recipe.blockwise_ahead, len(job.runner)))
@@ -174,7 +176,7 @@ def _train(job: Job, k: int, compressed: nn.Module) -> nn.Module:
         job.load(j)
     ahead = tuple(partial(job.runner.block, j) for j in further)
     lesson = blockwise.Lesson(job.runner, k, job.ids, *streams, job.device, ahead)
-    trained, outcome = blockwise.distill(lesson, compressed, job.recipe, job.dtype)
+    trained, outcome = blockwise.distill(lesson, compressed, job.recipe, job.dtype, dense)
     for j in further:
         empty(job.runner.blocks[j])
     if k + 1 < len(job.runner):

@@ -51,7 +51,7 @@ def fit_matrix(
         target = W
         if C is not None and D is not None:
             shift = shifted_target if D.moved else propagated_target
-            target = shift(W, D.moment, C, 1.0 if D.moved else recipe.propagation_strength, recipe.damping)
+            target = shift(W, D.moment, C, recipe.propagation_strength, recipe.damping)
         layer = _layer(target, bias, plan, C, B, recipe.damping, dtype)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error

@@ -29,6 +29,7 @@ from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
 
+_OVERFLOW = 1e18  # the square of an activation this large leaves float32 in a sum
 _PANEL = 128  # narrower panels make slow products
 _MIRROR = 512  # rows mirrored at a time
 
@@ -118,11 +119,36 @@ def block_inputs(
 
     for k, stream in enumerate(streams):
         if not stream.complete:
-            if k:
-                load(k - 1)
+            block = load(k - 1) if k else None
             with torch.no_grad():
-                stream.write(rows(k)(first) for first in range(0, len(ids), batch))
+                stream.write(
+                    _checked(rows(k), first, block, f"{runner.path}.{k - 1}") for first in range(0, len(ids), batch)
+                )
         advance()
+
+
+def _checked(rows: Callable[[int], Tensor], first: int, block: nn.Module | None, name: str) -> Tensor:
+    """Returns the hidden states of a batch; ModelError names the matrix of `block` whose input overflows on the way to them."""
+    out = rows(first)
+    if block is None or float(out.abs().amax()) < _OVERFLOW:
+        return out
+    found: list[str] = []
+
+    def watch(matrix: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not float(args[0].abs().amax()) < _OVERFLOW:
+                found.append(matrix)
+
+        return look
+
+    handles = [m.register_forward_pre_hook(watch(n)) for n, m in matrices(block).items()]
+    try:
+        rows(first)
+    finally:
+        for handle in handles:
+            handle.remove()
+    what = f"{name}.{found[0]}: the second moment of its input" if found else f"{name}: what leaves it"
+    raise ModelError(f"{what} is not finite; an activation before it overflows")
 
 
 def output_moments(

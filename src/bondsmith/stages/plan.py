@@ -15,7 +15,7 @@ from bondsmith.tensor.sites import Sites, parse_sites
 
 PIVOT_BYTES = 4  # a gauged network stores the order of its output rows as int32
 FORMAT = 1
-HEADER_BYTES = 160  # of a safetensors file per tensor: name, dtype, shape, offsets
+HEADER_BYTES = 192  # of a safetensors file per tensor: name, dtype, shape, offsets
 
 
 class PlanError(ValueError):

@@ -7,8 +7,10 @@ minimised, others have budgets. HiGHS (through scipy) solves it by branch and bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Amounts = Mapping[str, Floats]
+_LARGE, _FEW = 0.02, 8  # of a budget; candidates
 _TIGHT = 1 - 2e-6  # HiGHS takes a budget as met when it is passed by a millionth
 
 
@@ -72,27 +75,98 @@ def choose(
     >>> choose([item, item], {"bytes": 12}).candidates in [((0,), (1,)), ((1,), (0,))]
     True
     """
-    problem = _Problem.build(items, budgets, minimise)
     for limit in (1.0, _TIGHT):
-        choice = _choose(items, replace(problem, limit=limit), gap, seconds)
+        choice = _choose(items, budgets, minimise, limit, gap, time.monotonic() + seconds)
         if all(choice.totals[q] <= b * (1 + 1e-12) for q, b in budgets.items()):
             break
     return choice
 
 
-def _choose(items: Sequence[Sequence[Way]], problem: _Problem, gap: float, seconds: float) -> Choice:
+def _choose(
+    items: Sequence[Sequence[Way]],
+    budgets: Mapping[str, float],
+    minimise: str,
+    limit: float,
+    gap: float,
+    deadline: float,
+) -> Choice:
+    """Returns the choice: large items are tried candidate by candidate, in the order of what each can lead to at best."""
+    branches: list[tuple[float, _Problem, list[Sequence[Way]], dict[int, int]]] = []
+    failed: InfeasibleError | None = None
+    for fixed, own in _branches(items, budgets):
+        problem = replace(_Problem.build(own, budgets, minimise), limit=limit)
+        try:
+            branches.append((problem.relax()[0] * problem.scale, problem, own, fixed))
+        except InfeasibleError as error:
+            failed = error if failed is None or error.least < failed.least else failed
+    best: Choice | None = None
+    least = np.inf
+    for bound, problem, own, fixed in sorted(branches, key=lambda branch: branch[0]):
+        if best is not None and bound >= best.totals[minimise] * (1 - gap):
+            least = min(least, bound)
+            break
+        try:
+            found = _solve(own, problem, gap, deadline)
+        except InfeasibleError as error:
+            failed = failed or error
+            continue
+        found = replace(
+            found, candidates=tuple((fixed[i],) if i in fixed else c for i, c in enumerate(found.candidates))
+        )
+        least = min(least, found.totals[minimise] * (1 - found.gap))
+        if best is None or found.totals[minimise] < best.totals[minimise]:
+            best = found
+    if best is None:
+        assert failed is not None
+        raise failed
+    value = best.totals[minimise]
+    return replace(best, gap=max(0.0, (value - least) / max(abs(value), 1e-300)))
+
+
+def _branches(
+    items: Sequence[Sequence[Way]], budgets: Mapping[str, float]
+) -> Iterator[tuple[dict[int, int], list[Sequence[Way]]]]:
+    """Yields the items with every combination of the candidates of large ones fixed: item -> candidate, and what is left.
+
+    An item is large if its candidates differ by much of a budget (an embedding): the linear relaxation would take fractions of it.
+    """
+    large = [
+        i
+        for i, item in enumerate(items)
+        if len(item) == 1 and len(item[0].members) == 1 and _spread(item[0].members[0], budgets) > _LARGE
+    ]
+    large = sorted(large, key=lambda i: -_spread(items[i][0].members[0], budgets))[:2]
+    choices = [range(len(next(iter(items[i][0].members[0].values())))) for i in large]
+    for picked in product(*choices):
+        fixed = dict(zip(large, picked, strict=True))
+        own = list(items)
+        for i, c in fixed.items():
+            member = {q: v[c : c + 1] for q, v in items[i][0].members[0].items()}
+            own[i] = [Way((member,), items[i][0].loss)]
+        yield fixed, own
+
+
+def _spread(member: Amounts, budgets: Mapping[str, float]) -> float:
+    """Returns the largest difference between candidates, as a share of a budget; only of few candidates, which can all be tried."""
+    if len(next(iter(member.values()))) > _FEW:
+        return 0.0
+    return max((float(np.ptp(member[q])) / max(abs(b), 1e-300) for q, b in budgets.items() if q != "loss"), default=0.0)
+
+
+def _solve(items: Sequence[Sequence[Way]], problem: _Problem, gap: float, deadline: float) -> Choice:
     """Returns the choice; the linear relaxation bounds what any column can lead to, and only near ones go into the branch and bound."""
     bound, reduced = problem.relax()
     room = max(1e-3 * abs(bound), 1e-12)
     while True:
         columns = problem.near(reduced, room)
-        x, value, proved = problem.branch_and_bound(columns, gap, seconds)
+        x, value, proved = problem.branch_and_bound(columns, gap, max(2.0, deadline - time.monotonic()))
         everything = len(columns) == len(problem.cost)
-        if x is not None and (value <= bound + room or everything):
+        late = time.monotonic() > deadline
+        if x is not None and (value <= bound + max(room, gap * abs(value)) or everything or late):
             break
         if everything:
             raise InfeasibleError(*problem.tightest())
-        room *= 10
+        room = max(10 * room, value - bound if x is not None else 0.0)
     proved = max(bound, min(proved, np.inf if everything else bound + room))
     return problem.read(items, x, max(0.0, (value - proved) / max(abs(value), 1e-300)))
 

@@ -1,8 +1,8 @@
 """What of a compressed model is trained, and by which steps; block by block or as a whole.
 
-Trained are the floating parameters of networks and of packed matrices (their scales), norms and biases; embedding, head and matrices
-that stayed dense are not, unless asked for. Nothing is found by name: a parameter is left out when the module that owns it is an
-ordinary linear layer or embedding outside of a network.
+Trained are the floating parameters of networks and of packed matrices (their scales), matrices that lost channels, norms and biases;
+embedding, head and matrices that stayed as they were are not, unless asked for: a parameter is left out when the module that owns it is
+an ordinary linear layer or embedding outside of a network.
 
 Cores are moved by the orthogonalised momentum of Jordan et al. 2024 (Muon): all directions of a core learn alike, not only those few that
 dominate the gradient; it keeps one number a parameter where Adam keeps two. Everything else is moved by Adam. Every tensor moves
@@ -12,7 +12,7 @@ relative to the size of its own entries: cores of one model differ a hundredfold
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -29,14 +29,18 @@ _SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s coefficients: five steps bring every singular value to about 1
 
 
-def trainable(module: nn.Module, embeddings: bool = False) -> dict[str, nn.Parameter]:
+def trainable(module: nn.Module, embeddings: bool = False, dense: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """Returns the parameters of a model or block that are trained, by name; every other one is frozen.
+
+    Args:
+        embeddings: train embedding and head too.
+        dense: names of linear layers that are trained too: those that lost channels and are dense otherwise.
 
     >>> block = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4, bias=False))
     >>> list(trainable(block))
     ['0.weight', '0.bias']
     """
-    frozen = {id(p) for p in _dense_weights(module, embeddings)}
+    frozen = {id(p) for p in _dense_weights(module, embeddings, dense)}
     chosen = {}
     for name, parameter in module.named_parameters():
         train = parameter.is_floating_point() and id(parameter) not in frozen
@@ -46,9 +50,23 @@ def trainable(module: nn.Module, embeddings: bool = False) -> dict[str, nn.Param
     return chosen
 
 
-def _dense_weights(module: nn.Module, embeddings: bool) -> Iterator[nn.Parameter]:
-    """Yields the weights of linear layers and embeddings outside of networks; with `embeddings`, not those of embedding and head."""
+def reduced_matrices(quantization: Any) -> list[str]:
+    """Returns the matrices that lost channels and are dense otherwise, from a `quantization_config`: they are no longer the original's.
+
+    >>> reduced_matrices({"networks": {"a": {"shape": [4, 4]}, "b": {"sites": [[4, 1], [1, 4]]}}})
+    ['a']
+    """
+    get = quantization.get if isinstance(quantization, dict) else lambda name: getattr(quantization, name, None)
+    packed = get("packed") or {}
+    return [
+        name for name, network in (get("networks") or {}).items() if not network.get("sites") and name not in packed
+    ]
+
+
+def _dense_weights(module: nn.Module, embeddings: bool, dense: Collection[str]) -> Iterator[nn.Parameter]:
+    """Yields the weights of linear layers and embeddings outside of networks, except `dense` and, with `embeddings`, both ends."""
     spared = _core_modules(module) | (_ends(module) if embeddings else set())
+    spared |= {id(module.get_submodule(name)) for name in dense}
     for owner in module.modules():
         if isinstance(owner, _DENSE) and id(owner) not in spared:
             yield from (p for leaf, p in owner.named_parameters(recurse=False) if leaf == "weight")
@@ -74,8 +92,9 @@ class Steps(torch.optim.Optimizer):
     """
 
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], core_rate: float, other_rate: float):
-        inside = _core_modules(module)
-        cores = {id(core.weight) for core in module.modules() if id(core) in inside and isinstance(core, nn.Linear)}
+        ends = {id(p) for m in module.modules() if id(m) in _ends(module) for p in m.parameters()}
+        linear = (m.weight for m in module.modules() if isinstance(m, nn.Linear | Conv1D))
+        cores = {id(weight) for weight in linear} - ends
         groups = []
         for parameter in parameters.values():
             is_core = id(parameter) in cores and parameter.dim() == 2
@@ -131,9 +150,14 @@ def _level(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-12)
-    for _ in range(5):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.T
+    one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    product = one
+    for _ in range(5):  # all on the small side: the polynomials commute with the Gram matrix
+        factor = a * one + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     x = x / (x.square().mean().sqrt() + 1e-12)
     return x.T if tall else x
 

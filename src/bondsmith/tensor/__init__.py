@@ -1,7 +1,7 @@
 """The mathematics: site shapes, matrix product operators, fits. Imports torch and nothing else."""
 
 from bondsmith.tensor import algebra
-from bondsmith.tensor.exact import ExactCut, exact_cut, exact_spectrum
+from bondsmith.tensor.exact import ExactCut, best_count, exact_cut, exact_spectrum
 from bondsmith.tensor.fit import cut_spectrum, propagated_target, sequential_svd, whitened_cut
 from bondsmith.tensor.gptq import gptq
 from bondsmith.tensor.metric import Root, moment_root, relative_error
@@ -21,6 +21,7 @@ __all__ = [
     "Rounded",
     "Sites",
     "algebra",
+    "best_count",
     "candidate_sites",
     "cut_spectrum",
     "exact_cut",

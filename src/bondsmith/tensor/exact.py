@@ -11,8 +11,9 @@ p - k)` numbers. It pays where a side has a basis of its own: the hidden channel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from bondsmith.tensor.checks import check_matrix, check_moment
 from bondsmith.tensor.fit import cut_spectrum, whitened_cut
 from bondsmith.tensor.metric import DAMPING, Root, damped, moment_root
 from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.sites import Sites
 
 Side = Literal["columns", "rows"]
+SHARES = (0.1, 0.2, 0.35)  # of the budget in exact channels: what was best on real weights lies among them
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,38 @@ def exact_spectrum(
     return cut_spectrum(parts.others, input_root=parts.left_over, output_moment=output_moment, damping=damping)
 
 
+def best_count(
+    weight: Tensor,
+    budget: int,
+    *,
+    side: Side = "columns",
+    input_moment: Tensor | None = None,
+    output_moment: Tensor | None = None,
+    damping: float = DAMPING,
+    shares: Sequence[float] = SHARES,
+) -> tuple[int, int, float]:
+    """`(count, bond, error)` with the smallest `tr(B D C D^T)` in at most `budget` stored numbers, gauge fixed.
+
+    Tries these shares of the budget in exact columns (or rows), one eigenvalue problem each, and none (`count` 0).
+    ValueError if not even a cut of bond 1 fits.
+    """
+    if side == "rows":
+        weight, input_moment, output_moment = weight.T, output_moment, input_moment
+    moments: dict[str, Any] = {"input_moment": input_moment, "output_moment": output_moment, "damping": damping}
+    out_features, in_features = weight.shape
+    found = []
+    for count in sorted({0, *(int(share * budget / out_features) for share in shares)}):
+        sites = Sites((out_features, 1), (1, in_features - count))
+        left = budget - count * out_features
+        if count and (count >= in_features or left < sites.parameters((1,), gauge=True)):
+            continue
+        (bond,) = sites.bonds_within(left, gauge=True)
+        values = exact_spectrum(weight, count, **moments) if count else cut_spectrum(weight, **moments)
+        found.append((float(values[bond:].square().sum()), count, bond))
+    error, count, bond = min(found)
+    return count, bond, error
+
+
 @dataclass(frozen=True, eq=False)
 class _Parts:
     """`W_S`, `W_R`, the regression `C_RS C_SS^-1`, a root of the Schur complement, and `S` before `R`; float64.
@@ -128,8 +163,7 @@ class _Parts:
         order = _ranked(energy * C.diagonal().to(torch.float64), count)
         moment = damped(C, damping).index_select(0, order).index_select(1, order)
         across = moment[count:, :count]
-        factor = torch.linalg.cholesky(moment[:count, :count])
-        carried = torch.cholesky_solve(across.T, factor).T
+        carried = moment_root(moment[:count, :count], 0.0, "input moment").solve(across.T).T
         left_over = moment_root(moment[count:, count:] - across @ carried.T, 0.0, "input moment")
         return cls(W[:, order[:count]], W[:, order[count:]], carried, left_over, order)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.metric import DAMPING, Root, moment_root, quadratic
+from bondsmith.tensor.metric import DAMPING, Root, check_not_indefinite, moment_root, quadratic
 from bondsmith.tensor.metric import relative_error as relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.sites import Sites
@@ -150,7 +150,7 @@ def clip_bonds(sites: Sites, bonds: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _each(sites: Sites, bonds: int | Sequence[int]) -> Sequence[int]:
-    return (bonds,) * (sites.n - 1) if isinstance(bonds, int) else bonds
+    return bonds if isinstance(bonds, Sequence) else (bonds,) * (sites.n - 1)
 
 
 def check_sites(weight: Tensor, sites: Sites) -> None:
@@ -194,4 +194,7 @@ def _whiten_short_side(
         W, short, long = W.T, inputs, outputs
     root = short.to_root(W.shape[0], damping)
     whitened = W if root is None else root.whiten(W)
-    return root, whitened, long.between(whitened, damping)
+    gram = long.between(whitened, damping)
+    if long.moment is not None:
+        check_not_indefinite(gram, f"{long.name} moment")
+    return root, whitened, gram

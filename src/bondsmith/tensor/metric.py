@@ -77,6 +77,17 @@ def _root_of_singular(moment: Tensor, damping: float, name: str) -> Root:
     return Root(vectors * scales, (vectors / scales).T)
 
 
+def check_not_indefinite(gram: Tensor, name: str) -> None:
+    """Nothing, or ValueError if `X M X^T` shows that `M`, of which no root was taken, has a clearly negative eigenvalue."""
+    shifted = gram.clone()
+    shifted.diagonal().add_(_INDEFINITE * float(gram.diagonal().abs().sum()) + torch.finfo(torch.float64).tiny)
+    if int(torch.linalg.cholesky_ex(shifted)[1]):
+        values = torch.linalg.eigvalsh(gram)
+        raise ValueError(
+            f"{name} is indefinite: what the weight sees has eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}"
+        )
+
+
 def damped(moment: Tensor, damping: float) -> Tensor:
     """`moment + damping * mean(diag) * 1`, symmetric, a float64 copy."""
     full = torch.empty(moment.shape, dtype=torch.float64, device=moment.device).copy_(moment)

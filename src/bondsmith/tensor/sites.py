@@ -68,7 +68,7 @@ class Sites:
 
     def clip(self, bonds: int | Sequence[int]) -> tuple[int, ...]:
         """`bonds` (one integer for all, or one per cut) cut down to the exact ones; ValueError if one is no bond."""
-        chosen = (bonds,) * (self.n - 1) if isinstance(bonds, int) else tuple(bonds)
+        chosen = tuple(bonds) if isinstance(bonds, Sequence) else (bonds,) * (self.n - 1)
         if len(chosen) != self.n - 1:
             raise ValueError(f"{self} has {self.n - 1} bonds, not {len(chosen)}: {chosen}")
         for bond in chosen:

@@ -56,7 +56,7 @@ class HealSettings:
     window: int = 512
     batch: int = 4
     micro_batch: int = 2
-    learning_rate: float = 0.002
+    learning_rate: float = 0.0005
     norm_rate: float = 1e-3
     warmup: float = 0.05
     clip: float = 1.0

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from bondsmith.nn.free import free_all, pivot_all
 from bondsmith.stages.healing.losses import TopK, token_sums
-from bondsmith.stages.training import Steps, trainable
+from bondsmith.stages.training import Steps, reduced_matrices, trainable
 
 
 class HealTrainer(Trainer):
@@ -38,11 +38,12 @@ class HealTrainer(Trainer):
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
         top_k: int = 64,
-        learning_rate: float = 0.002,
+        learning_rate: float = 0.0005,
         norm_rate: float = 1e-3,
         **kwargs: Any,
     ):
-        trainable(model)
+        self.dense = reduced_matrices(getattr(model.config, "quantization_config", {}))
+        trainable(model, dense=self.dense)
         super().__init__(model, *args, **kwargs)
         self.teacher = teacher.eval().to(self.args.device) if teacher is not None else None
         self.weights = (kl_weight, ce_weight) if teacher is not None else (0.0, 1.0)
@@ -60,7 +61,9 @@ class HealTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Returns the optimizer of `bondsmith heal`."""
         if self.optimizer is None:
-            self.optimizer: torch.optim.Optimizer = Steps(self.model, trainable(self.model), *self.rates)
+            self.optimizer: torch.optim.Optimizer = Steps(
+                self.model, trainable(self.model, dense=self.dense), *self.rates
+            )
         return self.optimizer
 
     def compute_loss(
