@@ -166,6 +166,17 @@ def test_embedding_and_tied_head(grid: Grid) -> None:
     assert torch.equal(embedding.materialise().weight, rounded.dequantize())
 
 
+def test_looking_up_rows_of_an_embedding_whose_head_has_used_the_int4_kernel() -> None:
+    grid = Grid(4, 64, symmetric=False)
+    embedding = PackedEmbedding(nn.Embedding(128, 192), grid)
+    embedding.put(round_to_nearest(torch.randn(128, 192), grid))
+    ids = torch.tensor([[0, 31, 32, 63], [64, 100, 127, 5]])
+    before = embedding(ids)
+    with torch.no_grad():
+        PackedHead(embedding)(torch.randn(1, 192, dtype=torch.bfloat16))
+    assert torch.equal(embedding(ids), before)
+
+
 def test_an_embedding_that_does_more_than_look_up_is_refused_or_scaled() -> None:
     class Shifted(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:

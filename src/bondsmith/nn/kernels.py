@@ -91,6 +91,15 @@ def int4_unpacked_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor,
     return y.view(-1, blocks, half, 2).transpose(2, 3).reshape(-1, rows)
 
 
+def rows_from_int4_order(ordered: Tensor, rows: Tensor) -> Tensor:
+    """The packed rows with these numbers, `(n, I / 2)` in the order of the file format, of a matrix in the kernel's order."""
+    block, half = int4_block(), ordered.shape[1]
+    place = rows % block
+    columns = ordered.view(-1, 2 * half, block // 2)[rows // block, :, place % (block // 2)]
+    codes = (columns >> (4 * (place >= block // 2)).to(torch.uint8)[:, None]) & 15
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
 @cache
 def int4_block() -> int:
     """Rows in a block of the int4 kernel's order on this machine: 64 or 32, or 0 where there is no kernel or another order."""

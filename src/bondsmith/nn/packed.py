@@ -245,7 +245,7 @@ class PackedEmbedding(PackedMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         """`(..., I)` for integers of any shape."""
         flat = ids.reshape(-1)
-        codes = self.packed_codes()[flat]
+        codes = kernels.rows_from_int4_order(self.codes, flat) if self._int4_order else self.codes[flat]
         minima = None if self.minima is None else self.minima[flat]
         dtype = self._like.dtype
         rows = self._rows(codes, self.scales[flat], minima, dtype).view(*ids.shape, self.columns)
