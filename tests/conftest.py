@@ -123,5 +123,5 @@ def compressed(original: Path, text: Path, tmp_path_factory: pytest.TempPathFact
     import bondsmith
 
     out = tmp_path_factory.mktemp("compressed") / "out"
-    settings = {"keep": 0.6, "tokens": 1024, "window": 32, "evaluation_windows": 2}
+    settings = {"keep": 0.6, "uniform": True, "tokens": 1024, "window": 32, "evaluation_windows": 2}
     return bondsmith.compress(original, out, calibration=[str(text)], **settings).path
