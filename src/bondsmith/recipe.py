@@ -246,7 +246,10 @@ class Recipe:
     def grids(self) -> tuple[Grid | None, ...]:
         """The ways a plan may store numbers; None is unrounded."""
         widths = self.bits or ((UNROUNDED,) if self.bytes is None or not self.planned else (UNROUNDED, *reversed(BITS)))
-        return tuple(None if b == UNROUNDED else grid_of(b, self.group) for b in sorted(set(widths), reverse=True))
+        found = [None if b == UNROUNDED else grid_of(b, self.group) for b in sorted(set(widths), reverse=True)]
+        if self.planned and len(found) > 1:  # at two and three bits what the scales take is worth a choice
+            found += [grid_of(b, 128) for b in sorted(set(widths)) if b <= 3 and self.group != 128]
+        return tuple(found)
 
     @property
     def needs_moments(self) -> bool:

@@ -40,7 +40,9 @@ def parts(profile: Profile) -> list[Part]:
 
 
 def _part(members: Sequence[MatrixProfile]) -> Part:
-    probed = max(members, key=lambda m: float(m.cut_losses()[0]))
+    probed = max(
+        members, key=lambda m: float(m.cut_losses()[len(m.spectrum) // 2])
+    )  # the one that half a cut hurts most
     losses = probed.cut_losses()
     bond = max(1, int((losses > TARGET).sum()))
     bond = min(bond, len(losses) - 2)
