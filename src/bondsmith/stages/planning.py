@@ -24,6 +24,7 @@ from bondsmith.tensor.sites import ROUND_TO, Sites
 # bits -> what error compensation and fitted scales leave of an even error over a step; how much more of it the cores of a cut make
 _RESIDUE = {8: (1.0, 6.0), 4: (0.55, 4.0), 3: (0.52, 2.0), 2: (0.36, 1.0)}
 LEVELS = 64  # bonds tried per matrix, at most
+ROUNDED_LEVELS = 12  # of them with rounded cores
 
 
 def candidates(matrix: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
@@ -41,7 +42,8 @@ def candidates(matrix: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
     useful = [matrix, *(n for n in networks if n.parameters < matrix.parameters)]
     low, high = _bounds(matrix.name, recipe)
     allowed = [c for c in useful if low <= c.parameters / matrix.dense_parameters <= high]
-    return [replace(c, grid=grid) for grid in recipe.grids for c in allowed]
+    coarse = [c for i, c in enumerate(allowed) if c.sites is None or i % max(1, len(allowed) // ROUNDED_LEVELS) == 0]
+    return [replace(c, grid=grid) for grid in recipe.grids for c in (allowed if grid is None else coarse)]
 
 
 def planned(profile: Profile, recipe: Recipe) -> Plan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -249,34 +250,68 @@ class _Problem:
 
     def relax(self) -> tuple[float, Floats]:
         """Returns the value of the linear relaxation, and per column by how much the bound rises if it must be used."""
+        prices = self._price() if len(self.amounts) == 1 else self._prices()
+        least, reduced = self._least(self.cost / self.scale + prices @ self.amounts)
+        return float(least - self.limit * prices.sum()), reduced
+
+    def _price(self) -> Floats:
+        """Returns the price of the only budget, by golden section on the dual, which is concave in it."""
+        if self._least(self.amounts[0])[0] > self.limit * (1 + 1e-12):
+            raise InfeasibleError(*self.tightest())
+        cost = self.cost / self.scale
+
+        def dual(exponent: float) -> float:
+            price = 10.0**exponent
+            return self._least(cost + price * self.amounts[0])[0] - self.limit * price
+
+        low, high, ratio = -12.0, 12.0, (5**0.5 - 1) / 2
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        at_left, at_right = dual(left), dual(right)
+        while high - low > 1e-9:
+            if at_left >= at_right:
+                high, right, at_right = right, left, at_left
+                left = high - ratio * (high - low)
+                at_left = dual(left)
+            else:
+                low, left, at_left = left, right, at_right
+                right = low + ratio * (high - low)
+                at_right = dual(right)
+        best = 10.0 ** ((low + high) / 2)
+        return np.array([best if dual((low + high) / 2) > self._least(cost)[0] else 0.0])
+
+    def _prices(self) -> Floats:
+        """Returns the prices of several budgets, from the linear programme."""
         from scipy.optimize import linprog
 
         matrix, right = self.equalities(np.arange(len(self.cost)))
         limits = np.full(len(self.amounts), self.limit)
-        cost = self.cost / self.scale
-        found = linprog(cost, self.amounts, limits, matrix, right, bounds=(0, 1), method="highs")
+        found = linprog(self.cost / self.scale, self.amounts, limits, matrix, right, bounds=(0, 1), method="highs")
         if found.x is None:
             raise InfeasibleError(*self.tightest())
-        prices = np.maximum(0.0, -found.ineqlin.marginals)
-        least, reduced = self._least(cost + prices @ self.amounts)
-        return float(least - self.limit * prices.sum()), reduced
+        return np.maximum(0.0, -found.ineqlin.marginals)
 
     def _least(self, priced: Floats) -> tuple[float, Floats]:
         """Returns the least total of `priced` with no budget, and by how much it rises when a column must be used."""
-        own = ~self.is_way
+        own, ways, members, item_of_way = self._structure
         best = np.full(int(self.group.max()) + 1, np.inf)
         np.minimum.at(best, self.group[own], priced[own])
-        totals = np.zeros(int(self.way.max()) + 1)
-        np.add.at(totals, self.way[self.is_way], priced[self.is_way])
-        members = np.unique(np.stack([self.group[own], self.way[own]], 1), axis=0)
+        totals = np.zeros(len(item_of_way))
+        totals[self.way[ways]] += priced[ways]
         np.add.at(totals, members[:, 1], best[members[:, 0]])
         items = np.full(int(self.place[:, 0].max()) + 1, np.inf)
-        item_of_way = np.zeros(len(totals), dtype=np.int64)
-        item_of_way[self.way] = self.place[:, 0]
         np.minimum.at(items, item_of_way, totals)
         rise = (totals - items[item_of_way])[self.way]
         rise[own] += priced[own] - best[self.group[own]]
         return float(items.sum()), rise
+
+    @cached_property
+    def _structure(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+        """Which columns are candidates and which ways; (member, way) pairs; the item of every way."""
+        ways = self.is_way
+        members = np.unique(np.stack([self.group[~ways], self.way[~ways]], 1), axis=0)
+        item_of_way = np.zeros(int(self.way.max()) + 1, dtype=np.int64)
+        item_of_way[self.way] = self.place[:, 0]
+        return ~ways, ways, members, item_of_way
 
     def near(self, reduced: Floats, room: float) -> NDArray[np.int64]:
         """Returns the columns that a choice within `room` of the bound can use."""
