@@ -16,6 +16,7 @@ from bondsmith.tensor.rounding import BITS, Grid
 
 BUDGETS = ("keep", "bytes", "multiply_adds", "loss")
 UNROUNDED = 16
+GROUPS = (32, 64, 128)  # columns that may share a scale in a plan
 METRICS = ("frobenius", "input", "loss")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -105,8 +106,8 @@ class Recipe:
             object.__setattr__(self, "bytes", str(self.bytes))
         bits = (self.bits,) if isinstance(self.bits, int) else self.bits
         object.__setattr__(self, "bits", tuple(bits))
-        self._check_bounds()
         self._check_types()
+        self._check_bounds()
         self._check()
 
     def _check_types(self) -> None:
@@ -225,6 +226,12 @@ class Recipe:
         for bits in self.bits:
             if bits != UNROUNDED and bits not in BITS:
                 raise RecipeError(f"bits: {bits!r} is not one of 16 (not rounded), 8, 4, 3, 2")
+        if self.probe_windows < 0:
+            raise RecipeError(f"probe_windows: {self.probe_windows} windows cannot be measured; 0 measures none")
+        if self.planned and self.rounds and self.group not in GROUPS:
+            raise RecipeError(
+                f"group: {self.group}: a plan knows the loss of rounding in groups of 32, 64 and 128 only"
+            )
         if self.group < 8:
             raise RecipeError(f"group: {self.group} columns are too few to share a scale; 32, 64 and 128 are usual")
 

@@ -187,6 +187,8 @@ def test_a_budget_out_of_reach_says_how_far_one_can_go(known: Profile, settings:
         ({"keep": 0.5, "bounds": {"*": (0.6, 0.2)}}, "is not .least, largest."),
         ({"loss": 0.1, "metric": "input"}, "predicts no nats"),
         ({"plan": "plan.json", "keep": 0.5}, "needs no budget"),
+        ({"bytes": "0.2", "group": 48}, "groups of 32, 64 and 128 only"),
+        ({"keep": 0.5, "probe_windows": -1}, "probe_windows: -1"),
         ({"multiply_adds": 1.5}, "multiply_adds: 1.5 is not in"),
     ],
 )

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from bondsmith.model.blocks import HiddenBond
+from bondsmith.recipe import GROUPS
 from bondsmith.stages.moments import TableMoments
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Reduced, TableProfile
 from bondsmith.tensor.channels import eliminate_channels
 from bondsmith.tensor.fit import cut_spectrum
 from bondsmith.tensor.metric import Root, damped, moment_root
 
-GROUPS = (0, 32, 64, 128)  # columns that may share a scale; 0 is a whole row
+_GROUPS = (0, *GROUPS)  # 0 is a whole row
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class _Profiler:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         weights = None if B is None else B.diagonal()
-        rounding = {g: rounding_unit(W, left, weights, g) for g in GROUPS}
+        rounding = {g: rounding_unit(W, left, weights, g) for g in _GROUPS}
         return MatrixProfile(name, self.block, W.shape[0], W.shape[1], spectrum, self.units.get(name, 1.0), rounding)
 
     def _root(self, C: Tensor) -> tuple[Root, Tensor]:
@@ -167,8 +168,8 @@ def rounding_unit(W: Tensor, inputs: Tensor | None, outputs: Tensor | None, grou
 
 def table_profile(name: str, W: Tensor, seen: TableMoments, *, embeds: bool, predicts: bool) -> TableProfile:
     """Returns what rounding an embedding, a head, or the one matrix that is both (V, width) would cost."""
-    rounding = dict.fromkeys(GROUPS, 0.0)
-    for group in GROUPS:
+    rounding = dict.fromkeys(_GROUPS, 0.0)
+    for group in _GROUPS:
         if predicts:
             left = conditional_variances(damped(seen.head_input, 1e-3))
             rounding[group] += rounding_unit(W, left, seen.head_weight, group)
