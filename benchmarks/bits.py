@@ -1,12 +1,14 @@
 """Rounding to few bits, ours against others at matched bytes, in one run: bytes, KL, perplexity, resident memory, prefill and decode.
 
-    python benchmarks/bits.py MODEL --calibration FILE ... --evaluate FILE ... [--bits 8 4 3 2] [--speed] [--json FILE]
+    python benchmarks/bits.py MODEL --calibration FILE ... --evaluate FILE ... [--bits 8 4 3 2] [--shares 0.12 0.07] [--speed] [--json FILE]
 
 MODEL is a directory or a hub id of a model with full-precision weights. Every matrix of the blocks, the embedding and the head are
 rounded; bytes count all of them, scales included, everything else at two bytes. The rivals: rounding to nearest as it comes, with
 searched scales, HQQ and bitsandbytes from their packages (left out, with a line, where not installed), GPTQ as published. "ours" adds
 fitted scales and moved codes; with `--depth` also inside the depth-order pass of `bondsmith compress`, where later blocks make up for
-earlier ones. A model whose weights lie on a four-bit grid already (a GGUF file) says little about four bits.
+earlier ones. `--shares` compares `bondsmith compress --bytes SHARE` with the two plain quantizers next to that share of the fp32 bytes,
+one that just fits and one that is just larger, each in all these ways and in depth order. A model whose weights lie on a four-bit grid
+already (a GGUF file) says little about four bits.
 """
 
 from __future__ import annotations
@@ -257,6 +259,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--moments", type=Path, help="keep the input moments in this file, or read them from it")
     parser.add_argument("--depth", action="store_true", help="also through bondsmith compress, blocks in depth order")
+    parser.add_argument("--shares", type=float, nargs="*", default=[], help="of the fp32 bytes, for a plan to meet")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -264,7 +267,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     rows: list[dict[str, Any]] = []
-    if options.bits:
+    if options.bits or options.shares:
         compare(model, tokenizer, options, rows)
     if options.speed:
         grids = {
@@ -306,45 +309,80 @@ def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace,
     print("original", {name: round(value, 2) for name, value in judge.own.items()}, flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     for bits in options.bits:
-        for name, make in methods(bits, options.group).items():
-            if options.methods and name not in options.methods:
-                continue
-            try:
-                method = make()
-            except ImportError as error:
-                print(f"{name}: left out, {error}", flush=True)
-                continue
-            start = time.perf_counter()
-            other, size = rounded_model(model, moments, method)
-            seconds = time.perf_counter() - start
-            keep(
-                rows, options, {"bits": bits, "method": name, "bytes": size, "seconds": seconds, "texts": judge(other)}
-            )
-            del other
+        plain(model, moments, judge, options, rows, bits, options.group)
         if options.depth:
-            keep(rows, options, depth_order(options, bits, judge))
+            keep(rows, options, in_depth_order(options, judge, f"{bits}", uniform(bits, options.group)))
+    for share in options.shares:
+        for bits, group in neighbours(model, share * 4 * parameters):
+            plain(model, moments, judge, options, rows, bits, group)
+            keep(rows, options, in_depth_order(options, judge, f"{bits}", uniform(bits, group)))
+        keep(rows, options, in_depth_order(options, judge, f"{share:g} of it", {"bytes": str(share)}))
     show(rows, judge.own, parameters)
 
 
-def depth_order(options: argparse.Namespace, bits: int, judge: Judge) -> dict[str, Any]:
-    """Returns the row of `bondsmith compress` with every matrix, embedding and head rounded to one grid."""
+def plain(
+    model: PreTrainedModel,
+    moments: dict[str, Tensor],
+    judge: Judge,
+    options: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    bits: int,
+    group: int,
+) -> None:
+    """Adds the rows of all methods that round every matrix by itself."""
+    for name, make in methods(bits, group).items():
+        if options.methods and name not in options.methods:
+            continue
+        try:
+            method = make()
+        except ImportError as error:
+            print(f"{name}: left out, {error}", flush=True)
+            continue
+        start = time.perf_counter()
+        other, size = rounded_model(model, moments, method)
+        row = {"bits": f"{bits}, group {group}", "method": name, "bytes": size, "seconds": time.perf_counter() - start}
+        keep(rows, options, row | {"texts": judge(other)})
+
+
+def neighbours(model: PreTrainedModel, budget: float) -> list[tuple[int, int]]:
+    """Returns (bits, group) of the largest plain quantizer within a number of bytes, and of the smallest beyond."""
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    inside = [tuple(weight(m).shape) for n, m in matrices(model).items() if n.startswith(find_blocks(model) + ".")]
+    shapes = inside + [tuple(model.get_input_embeddings().weight.shape)] * (1 if tied else 2)
+    rest = sum(p.numel() for p in model.parameters()) - sum(r * c for r, c in shapes)
+    sizes = {
+        (bits, group): 2 * rest + sum(Grid(bits, group, symmetric=False).packed_bytes(*s) for s in shapes)
+        for bits in (2, 3, 4)
+        for group in (32, 64, 128)
+    }
+    fits = [key for key in sizes if sizes[key] <= budget]
+    over = [key for key in sizes if sizes[key] > budget]
+    return [*sorted(fits, key=sizes.__getitem__)[-1:], *sorted(over, key=sizes.__getitem__)[:1]]
+
+
+def uniform(bits: int, group: int) -> dict[str, Any]:
+    return {"keep": 1.0, "uniform": True, "bits": bits, "group": group, "metric": "loss"}
+
+
+def in_depth_order(options: argparse.Namespace, judge: Judge, label: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the row of a `bondsmith compress`, embedding and head rounded too."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"keep": 1.0, "uniform": True, "bits": bits, "group": options.group, "tokens": options.tokens}
         start = time.perf_counter()
         done = bondsmith.compress(
             options.model,
             Path(folder) / "out",
             calibration=options.calibration,
+            tokens=options.tokens,
             window=options.window,
             evaluate=False,
             dtype="bfloat16",
-            metric="loss",
             **settings,
         )
         seconds = time.perf_counter() - start
         size = sum(f.stat().st_size for f in done.path.glob("bondsmith-*.safetensors"))
         scores = judge(done.load(dtype=torch.float32))
-    return {"bits": bits, "method": "ours, in depth order", "bytes": size, "seconds": seconds, "texts": scores}
+    name = "ours, planned" if "bytes" in settings else f"ours, in depth order, group {settings['group']}"
+    return {"bits": label, "method": name, "bytes": size, "seconds": seconds, "texts": scores}
 
 
 def keep(rows: list[dict[str, Any]], options: argparse.Namespace, row: dict[str, Any]) -> None:
@@ -374,7 +412,7 @@ def show(rows: list[dict[str, Any]], own: dict[str, float], parameters: int) -> 
         top = sum(t["top1"] for t in found.values()) / len(found)
         share = row["bytes"] / 4 / parameters
         table.add_row(
-            str(row["bits"]),
+            row["bits"],
             row["method"],
             f"{row['bytes'] / 1e6:.2f}",
             f"{share:.4f}",

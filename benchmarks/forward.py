@@ -1,9 +1,9 @@
 """Forward speed of compressed models against what their multiply-adds allow, original and compressed alternating.
 
-    python benchmarks/forward.py MODEL --keep 0.5 0.3
+    python benchmarks/forward.py MODEL --keep 0.5 0.3 --calibration FILE ...
 
-The limit is the ratio of all multiply-adds of the pass (block matrices, head, attention scores). The networks come from plain SVD:
-speed does not depend on the values in them.
+times what `bondsmith compress MODEL --keep F` gives: a plan of cuts and channels, from few tokens. `--uniform` times the same cut for every
+matrix instead, from plain SVD. The limit is the ratio of all multiply-adds of the pass (block matrices, head, attention scores).
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--uniform", action="store_true")
     parser.add_argument("--no-gauge", action="store_true")
+    parser.add_argument("--calibration", nargs="+", default=["self"])
+    parser.add_argument("--calibrate-on", type=int, default=4096, help="tokens that the plan comes from")
     options = parser.parse_args()
     table = Table("keep", "multiply-adds", "limit", "speed", "of the limit", "original ms", "compressed ms")
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +44,11 @@ def main() -> None:
             0, config.vocab_size, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0)
         )
         for keep in options.keep:
-            settings = {"keep": keep, "uniform": True, "metric": "frobenius", "gauge": not options.no_gauge}
+            settings = {"keep": keep, "gauge": not options.no_gauge}
+            if options.uniform:
+                settings |= {"uniform": True, "metric": "frobenius"}
+            else:
+                settings |= {"calibration": options.calibration, "tokens": options.calibrate_on}
             done = bondsmith.compress(source.path, Path(folder) / "out", overwrite=True, evaluate=False, **settings)
             compressed = done.load(dtype=torch.float32)
             size = done.results["size"]

@@ -193,7 +193,7 @@ def shared_settings(directory: Path) -> dict[str, Any]:
             f"{directory} holds no profile: it has no recipe.yaml; run `bondsmith profile MODEL --out {directory}`"
         )
     settings = yaml.safe_load(path.read_text())
-    return {name: settings[name] for name in SHARED}
+    return {name: settings[name] for name in SHARED if name in settings}  # a setting may be younger than the profile
 
 
 def _open(out: Path, resume: bool, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from bondsmith.tensor.rounding import BITS, Grid
+from bondsmith.tensor.rounding import BITS, CODEBOOKS, Grid
 
 BUDGETS = ("keep", "bytes", "multiply_adds", "loss")
 UNROUNDED = 16
@@ -40,6 +40,7 @@ class Recipe:
         uniform: every matrix keeps the same share, instead of what the profile says it can bear.
         bits: widths that a plan may round weights to, out of 16 (not rounded), 8, 4, 3, 2. Empty: 16 alone, or all where `bytes` is given.
         group: columns that share a scale in rounding to 4 bits and fewer.
+        codebook: levels of 4 bits: uniform (evenly spaced, with a minimum per group) or nf4 (those of QLoRA).
         plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
         profile: directory of a finished profile to go on from; the settings of calibration are taken from it.
         bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
@@ -73,6 +74,7 @@ class Recipe:
     uniform: bool = False
     bits: tuple[int, ...] = ()
     group: int = 64
+    codebook: str = "uniform"
     plan: str | None = None
     profile: str | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -226,6 +228,8 @@ class Recipe:
         for bits in self.bits:
             if bits != UNROUNDED and bits not in BITS:
                 raise RecipeError(f"bits: {bits!r} is not one of 16 (not rounded), 8, 4, 3, 2")
+        if self.codebook not in CODEBOOKS:
+            raise RecipeError(f"codebook: {self.codebook!r} is not one of {', '.join(CODEBOOKS)}")
         if self.probe_windows < 0:
             raise RecipeError(f"probe_windows: {self.probe_windows} windows cannot be measured; 0 measures none")
         if self.planned and self.rounds and self.group not in GROUPS:
@@ -253,7 +257,8 @@ class Recipe:
     def grids(self) -> tuple[Grid | None, ...]:
         """The ways a plan may store numbers; None is unrounded."""
         widths = self.bits or ((UNROUNDED,) if self.bytes is None or not self.planned else (UNROUNDED, *reversed(BITS)))
-        found = [None if b == UNROUNDED else grid_of(b, self.group) for b in sorted(set(widths), reverse=True)]
+        order = sorted(set(widths), reverse=True)
+        found = [None if b == UNROUNDED else grid_of(b, self.group, self.codebook) for b in order]
         if self.planned and len(found) > 1:  # at two and three bits what the scales take is worth a choice
             found += [grid_of(b, 128) for b in sorted(set(widths)) if b <= 3 and self.group != 128]
         return tuple(found)
@@ -303,9 +308,11 @@ class Recipe:
         return replace(self, **changes)
 
 
-def grid_of(bits: int, group: int) -> Grid:
-    """Returns the grid a plan rounds to: 8 bits per row, fewer in groups with a minimum."""
-    return Grid(8, 0) if bits == 8 else Grid(bits, group, symmetric=False)
+def grid_of(bits: int, group: int, codebook: str = "uniform") -> Grid:
+    """Returns the grid a plan rounds to: 8 bits per row, fewer in groups with a minimum, or without one where a `codebook` has 4 bits."""
+    if bits == 8:
+        return Grid(8, 0)
+    return Grid(4, group, codebook=codebook) if bits == 4 and codebook != "uniform" else Grid(bits, group, symmetric=False)
 
 
 def parse_bytes(text: str, parameters: int) -> int:

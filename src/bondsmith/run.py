@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,8 @@ class Run:
     def profile(self, opened: Opened, job: decompose.Job) -> Profile:
         """Returns the fast profile of all matrices, from the moments that the gradients stage left."""
         folder = self.work / "profile"
-        if (folder / "profile.json").is_file():
-            return Profile.load(folder)
+        if (folder / "profile.json").is_file():  # maybe taken over from a run that saves in another dtype
+            return replace(Profile.load(folder), itemsize=opened.dtype.itemsize)
         path, metric = opened.runner.path, self.recipe.metric
 
         def seen(k: int) -> Seen:
@@ -130,10 +130,12 @@ class Run:
             if metric == "frobenius":
                 return Seen({}, {})
             prefix, folder = f"{path}.{k}.", self.gradients_folder
-            C = {prefix + n: t for n, t in moments.load_input_moments(folder, k).items()}
-            found = moments.load_output_moments(folder, k) if metric == "loss" else {}
+            C = _named(moments.load_input_moments(folder, k), prefix)
             bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)]
-            return Seen(C, {prefix + n: t for n, t in found.items()}, bonds)
+            if metric != "loss":
+                return Seen(C, {}, bonds)
+            B, left = moments.load_output_moments(folder, k), moments.load_shares_left(folder, k)
+            return Seen(C, _named(B, prefix), bonds, _named(left, prefix))
 
         curves, bonds = fast_profile(
             opened.shapes,
@@ -340,6 +342,10 @@ class Run:
         write_json(job.work / "fisher.done", True)
         for stream in streams:
             stream.remove()
+
+
+def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def model_shapes(runner: BlockRunner) -> tuple[dict[str, tuple[int, int, int]], int]:

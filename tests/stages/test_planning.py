@@ -15,7 +15,7 @@ from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages.fast_profile import Seen, conditional_variances, fast_profile, rounding_unit
 from bondsmith.stages.plan import Plan, PlanError, uniform_plan
 from bondsmith.stages.planning import planned
-from bondsmith.stages.profile import Profile, TableProfile
+from bondsmith.stages.profile import MatrixProfile, Profile, TableProfile
 from bondsmith.tensor.fit import whitened_cut
 from bondsmith.tensor.metric import energy
 from bondsmith.tensor.rounding import Grid
@@ -188,6 +188,7 @@ def test_a_budget_out_of_reach_says_how_far_one_can_go(known: Profile, settings:
         ({"loss": 0.1, "metric": "input"}, "predicts no nats"),
         ({"plan": "plan.json", "keep": 0.5}, "needs no budget"),
         ({"bytes": "0.2", "group": 48}, "groups of 32, 64 and 128 only"),
+        ({"bytes": "0.2", "codebook": "fp4"}, "codebook: 'fp4' is not one of uniform, nf4"),
         ({"keep": 0.5, "probe_windows": -1}, "probe_windows: -1"),
         ({"multiply_adds": 1.5}, "multiply_adds: 1.5 is not in"),
     ],
@@ -288,3 +289,29 @@ def test_probes_correct_the_scale_part_by_part(tmp_path: Path) -> None:
         for name in part.members:
             before, after = (float(p[name].cut_losses()[part.bond]) for p in (plain, probed))
             assert after == pytest.approx(factor * before, rel=0.05)
+
+
+def test_hybrids_are_chosen_where_few_outputs_carry_the_loss() -> None:
+    steep = tuple(torch.logspace(0, -4, 65, dtype=torch.float64).tolist())
+    flat = tuple(1 - k / 256 for k in range(65))
+    matrices = tuple(
+        MatrixProfile(
+            f"blocks.0.{name}", 0, 256, 256, torch.ones(256, dtype=torch.float64), 1.0, {64: 1.0, 128: 1.2}, left
+        )
+        for name, left in {"q": steep, "v": flat, "o": ()}.items()
+    )
+    found = planned(
+        Profile("test", 4, 0, "loss", 1000, matrices), Recipe.from_settings({"bytes": 0.09, "bits": [2, 3]})
+    )
+    q, v, o = found.matrices
+    assert q.base is not None
+    assert q.grid == Grid(4, 64)
+    assert v.base is None
+    assert o.base is None
+    assert found.bytes(4) <= 0.09 * 4 * 3 * 256 * 256
+    q.check()
+    narrow = planned(
+        Profile("test", 4, 0, "loss", 1000, matrices),
+        Recipe.from_settings({"bytes": 0.09, "bits": [2, 3], "bounds": {"*.q": [0, 0.99]}}),
+    )
+    assert narrow.matrices[0].base is None

@@ -9,7 +9,7 @@ from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
 from bondsmith.tensor.fit import whitened_cut
 from bondsmith.tensor.gauge import left_factor
 from bondsmith.tensor.gptq import gptq
-from bondsmith.tensor.hybrid import fit_hybrid, shares_left
+from bondsmith.tensor.hybrid import fit_hybrid, shares_left, unseen_shares_left
 from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import fold
 from bondsmith.tensor.rounded import RoundedNetwork, core_moment, round_network, spread
@@ -129,6 +129,18 @@ def test_a_hybrid_takes_out_most_of_the_loss_where_few_outputs_carry_the_loss() 
     assert relative_error(W, hybrid.to_matrix(), C) < relative_error(W, plain.dequantize(), C)
     predicted = float(shares_left(B)[4]) ** 0.5 * relative_error(W, plain.dequantize(), C, B)
     assert error < 1.3 * predicted
+
+
+def test_what_a_hybrid_leaves_is_judged_on_rows_that_did_not_choose() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 48, 32, generator=generator, dtype=torch.float64)  # no direction is better than another
+    one, other = (half.T @ half for half in rows)
+    steps = torch.ones(32)
+    assert float(shares_left(one + other)[8]) < 0.6
+    assert float(unseen_shares_left(one, other, steps)[8]) == pytest.approx(1 - 8 / 32, abs=0.05)
+    loud = torch.full((32,), 1e-3)
+    loud[:8] = 1.0
+    assert float(unseen_shares_left(one, other, loud)[8]) < 1e-4  # the steps count
 
 
 def test_an_unrounded_network_in_a_hybrid() -> None:

@@ -27,11 +27,12 @@ _GROUPS = (0, *GROUPS)  # 0 is a whole row
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What the matrices of a block see, by full name: `C`, `B`, and the bonds whose channels may be dropped."""
+    """What the matrices of a block see, by full name: `C`, `B`, the bonds whose channels may be dropped, and what hybrids leave."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     bonds: Sequence[HiddenBond] = ()
+    left: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def fast_profile(
@@ -82,21 +83,23 @@ class _Profiler:
 
     def curves(self, name: str, W: Tensor, C: Tensor | None, B: Tensor | None) -> MatrixProfile:
         """Returns the curves of a matrix that sees these moments."""
-        left = None
+        variances = None
         try:
             if C is None:
                 spectrum = cut_spectrum(W, output_moment=B, damping=self.damping)
             elif W.shape[0] <= W.shape[1] and id(C) not in self.roots:
                 spectrum = cut_spectrum(W, input_moment=C, output_moment=B, damping=self.damping)
-                left = conditional_variances(damped(C, self.damping))
+                variances = conditional_variances(damped(C, self.damping))
             else:
-                root, left = self.roots.get(id(C)) or self._root(C)
+                root, variances = self.roots.get(id(C)) or self._root(C)
                 spectrum = cut_spectrum(W, input_root=root, output_moment=B, damping=self.damping)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         weights = None if B is None else B.diagonal()
-        rounding = {g: rounding_unit(W, left, weights, g) for g in _GROUPS}
-        return MatrixProfile(name, self.block, W.shape[0], W.shape[1], spectrum, self.units.get(name, 1.0), rounding)
+        rounding = {g: rounding_unit(W, variances, weights, g) for g in _GROUPS}
+        left = tuple(self.seen.left[name].tolist()) if name in self.seen.left else ()
+        rows, columns = W.shape
+        return MatrixProfile(name, self.block, rows, columns, spectrum, self.units.get(name, 1.0), rounding, left)
 
     def _root(self, C: Tensor) -> tuple[Root, Tensor]:
         found = moment_root(C, self.damping), conditional_variances(damped(C, self.damping))

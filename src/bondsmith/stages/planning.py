@@ -23,14 +23,17 @@ from bondsmith.tensor.sites import ROUND_TO, Sites
 
 # bits -> what error compensation and fitted scales leave of an even error over a step; how much more of it the cores of a cut make
 _RESIDUE = {8: (1.0, 6.0), 4: (0.55, 4.0), 3: (0.52, 2.0), 2: (0.36, 1.0)}
+_CORES = 0.02  # of what a network beside a rounded matrix takes out, its own four-bit cores leave that much
+HYBRID_BITS = (0.06, 0.12, 0.25, 0.5)  # a weight that such a network may have
 LEVELS = 64  # bonds tried per matrix, at most
 ROUNDED_LEVELS = 12  # of them with rounded cores
 
 
-def candidates(matrix: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
+def candidates(matrix: MatrixPlan, recipe: Recipe, largest_beside: int = 0) -> list[MatrixPlan]:
     """Returns what may become of a matrix, within the bounds that the recipe sets for it; the largest first.
 
-    Bonds are multiples of 8 on a grid of at most 64; a rounded candidate exists for each of the recipe's bits.
+    Bonds are multiples of 8 on a grid of at most 64; a rounded candidate exists for each of the recipe's bits, and hybrids of up to
+    four bits with a network of bond `largest_beside` at most.
     """
     if recipe.spares(matrix.name):
         return [matrix]
@@ -43,7 +46,23 @@ def candidates(matrix: MatrixPlan, recipe: Recipe) -> list[MatrixPlan]:
     low, high = _bounds(matrix.name, recipe)
     allowed = [c for c in useful if low <= c.parameters / matrix.dense_parameters <= high]
     coarse = [c for i, c in enumerate(allowed) if c.sites is None or i % max(1, len(allowed) // ROUNDED_LEVELS) == 0]
-    return [replace(c, grid=grid) for grid in recipe.grids for c in (allowed if grid is None else coarse)]
+    found = [replace(c, grid=grid) for grid in recipe.grids for c in (allowed if grid is None else coarse)]
+    return found if high < 1 else found + _hybrids(matrix, recipe, min(largest_beside, full // 2))
+
+
+def _hybrids(matrix: MatrixPlan, recipe: Recipe, largest: int) -> list[MatrixPlan]:
+    """Returns few-bit matrices with a small network of four-bit cores on what they get wrong."""
+    (rows, columns), cores = matrix.shape, Grid(4, recipe.group)
+    sizes = [bits * rows * columns / (4 * (rows + columns)) for bits in HYBRID_BITS]
+    bonds = {ROUND_TO * round(size / ROUND_TO) for size in sizes}
+    cut = Sites((rows, 1), (1, columns))
+    return [
+        replace(matrix, sites=cut, bonds=(bond,), gauge=False, grid=cores, base=grid)
+        for grid in recipe.grids
+        if grid is not None and grid.bits <= cores.bits
+        for bond in sorted(bonds)
+        if 0 < bond <= largest
+    ]
 
 
 def planned(profile: Profile, recipe: Recipe) -> Plan:
@@ -128,7 +147,7 @@ def _table(profile: TableProfile, whole: MatrixPlan, recipe: Recipe) -> list[_Op
 
 def _whole(entries: Sequence[MatrixPlan], curves: Mapping[str, MatrixProfile], recipe: Recipe) -> _Option:
     """Returns the way in which no channel is dropped."""
-    members = tuple(candidates(m, recipe) for m in entries)
+    members = tuple(candidates(m, recipe, len(curves[m.name].left) - 1) for m in entries)
     losses = tuple(predicted(curves[m.name], own) for m, own in zip(entries, members, strict=True))
     return _Option(members, losses)
 
@@ -142,7 +161,7 @@ def _reduced(entries: Mapping[str, MatrixPlan], level: Reduced, bond: BondProfil
         small = (
             replace(whole, kept_columns=curve.in_features) if reads else replace(whole, kept_rows=curve.out_features)
         )
-        members.append(candidates(small, recipe))
+        members.append(candidates(small, recipe, len(curve.left) - 1))
         losses.append(predicted(curve, members[-1]))
     return _Option(tuple(members), tuple(losses), level.loss)
 
@@ -151,13 +170,16 @@ def predicted(profile: MatrixProfile, options: Sequence[MatrixPlan]) -> NDArray[
     """Returns the predicted loss of every candidate: of the cut, and of rounding what is left."""
     losses = profile.cut_losses().numpy()
     full = len(losses) - 1
-    bonds = np.array([c.bonds[0] if c.sites is not None else full for c in options], dtype=np.int64)
-    cut = np.where(bonds < full, losses[bonds], 0.0)
-    rounded = [
-        0.0 if c.grid is None else rounding_loss(profile.rounding, profile.unit, c.grid, bond / full)
-        for c, bond in zip(options, bonds, strict=True)
-    ]
-    return cut + np.array(rounded)
+
+    def loss(c: MatrixPlan) -> float:
+        if c.base is not None:
+            left = profile.left[c.bonds[0]]
+            return rounding_loss(profile.rounding, profile.unit, c.base) * (left + _CORES * (1 - left))
+        bond = full if c.sites is None else c.bonds[0]
+        cut = 0.0 if bond == full else float(losses[bond])
+        return cut + (0.0 if c.grid is None else rounding_loss(profile.rounding, profile.unit, c.grid, bond / full))
+
+    return np.array([loss(c) for c in options])
 
 
 def rounding_loss(rounding: Mapping[int, float], unit: float, grid: Grid, share: float = 1.0) -> float:

@@ -37,6 +37,7 @@ class MatrixProfile:
         unit: nats a token of half a squared singular value (1 in the loss metric before probes correct it).
         rounding: columns that share a scale (0: all) -> predicted loss of rounding the dense matrix, times the squared number of steps
             in a group's range.
+        left: share of that loss which a cut of bond 0, 1, ... beside the rounded matrix leaves; empty where it is not known.
     """
 
     name: str
@@ -46,6 +47,7 @@ class MatrixProfile:
     spectrum: Tensor
     unit: float = 1.0
     rounding: Mapping[int, float] = field(default_factory=dict)
+    left: tuple[float, ...] = ()
 
     def cut_losses(self) -> Tensor:
         """Returns the predicted loss at every bond from 0 to min(O, I), (min(O, I) + 1,) float64, in nats a token."""
@@ -221,12 +223,14 @@ class Profile:
 def _row(m: MatrixProfile) -> dict[str, Any]:
     known = {"name": m.name, "block": m.block, "shape": [m.out_features, m.in_features], "unit": m.unit}
     known |= {"rounding": {str(group): unit for group, unit in m.rounding.items()}}
+    known |= {"left": [round(share, 5) for share in m.left]} if m.left else {}
     return known | {"entropy": m.entropy, "loss_if_dropped": float(m.cut_losses()[0])}
 
 
 def _entry(row: Mapping[str, Any], spectrum: Tensor) -> MatrixProfile:
     rows, columns = row["shape"]
-    return MatrixProfile(row["name"], row["block"], rows, columns, spectrum, row["unit"], _rounding(row["rounding"]))
+    rounding, left = _rounding(row["rounding"]), tuple(row.get("left", ()))
+    return MatrixProfile(row["name"], row["block"], rows, columns, spectrum, row["unit"], rounding, left)
 
 
 def _rounding(row: Mapping[str, float]) -> dict[int, float]:

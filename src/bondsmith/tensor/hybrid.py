@@ -20,8 +20,10 @@ from bondsmith.tensor.metric import DAMPING, relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.rounded import RoundedNetwork, round_network
 from bondsmith.tensor.rounding import Grid, Rounded
+from bondsmith.tensor.svd import leading_eigenvectors
 
 ROUNDS = 2
+LARGEST_BOND = 64  # of a network beside a rounded matrix that a profile looks at
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,3 +110,28 @@ def shares_left(output_moment: Tensor, step_sizes: Tensor | None = None) -> Tens
     values = torch.linalg.eigvalsh(B).flip(0).clamp_min(0)
     tails = torch.cat((values.flip(0).cumsum(0).flip(0), values.new_zeros(1)))
     return tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def unseen_shares_left(one: Tensor, other: Tensor, step_sizes: Tensor) -> Tensor:
+    """What `shares_left` promises, on rows that did not choose the directions: bonds 0, 1, ... up to 64, float64.
+
+    The leading directions of each of two moments are taken out of the other; the mean of both. Where few rows decide a moment (values,
+    above all) its own directions promise three times too much.
+
+    Args:
+        one, other: `B` over two halves of the rows.
+        step_sizes: `(O,)`, root mean square step of each row of the matrix.
+
+    >>> B = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> unseen_shares_left(B, B, torch.ones(2))
+    tensor([1.0000, 0.2500, 0.0000], dtype=torch.float64)
+    """
+    steps = step_sizes.to(torch.float64)
+    halves = [steps[:, None] * B.to(torch.float64) * steps for B in (one, other)]
+    found = []
+    for chooses, judges in (halves, halves[::-1]):
+        directions = leading_eigenvectors(chooses, min(LARGEST_BOND, len(chooses)))
+        taken = (directions * (judges @ directions)).sum(0).clamp_min(0)
+        whole = judges.trace().clamp_min(torch.finfo(torch.float64).tiny)
+        found.append(1 - torch.cat((taken.new_zeros(1), taken.cumsum(0) / whole)))
+    return ((found[0] + found[1]) / 2).clamp_min(0)
