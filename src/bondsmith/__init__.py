@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from bondsmith.nn.linear import MPOLinear
     from bondsmith.nn.packed import PackedEmbedding, PackedLinear
     from bondsmith.pipeline import Compressed, compress
+    from bondsmith.planner import Profiled, frontier, plan, profile
     from bondsmith.recipe import Recipe
     from bondsmith.stages.plan import Plan
+    from bondsmith.stages.profile import Profile
     from bondsmith.tensor.rounding import Grid
 
 _HOMES = {
@@ -30,10 +32,14 @@ _HOMES = {
     "PackedLinear": "bondsmith.nn.packed",
     "Plan": "bondsmith.stages.plan",
     "Profile": "bondsmith.stages.profile",
+    "Profiled": "bondsmith.planner",
     "Recipe": "bondsmith.recipe",
     "compress": "bondsmith.pipeline",
+    "frontier": "bondsmith.planner",
     "heal": "bondsmith.healing",
     "load": "bondsmith.model.hub",
+    "plan": "bondsmith.planner",
+    "profile": "bondsmith.planner",
 }
 
 __all__ = [
@@ -45,11 +51,16 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "Plan",
+    "Profile",
+    "Profiled",
     "Recipe",
     "__version__",
     "compress",
+    "frontier",
     "heal",
     "load",
+    "plan",
+    "profile",
 ]
 
 

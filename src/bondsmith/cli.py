@@ -324,7 +324,7 @@ def profile(
 @app.command("plan")
 def make_plan(
     directory: Annotated[Path, typer.Argument(help="Directory of a finished profile.")],
-    to: Annotated[Path | None, typer.Option("--out", help="File for the plan (plan.json).")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="File for the plan (DIRECTORY/plan.json).")] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the matrices' parameters to keep, e.g. 0.8.")] = None,
     bytes_: Annotated[
         str | None, typer.Option("--bytes", help="Size of the weight files: share of 4 bytes a parameter, or 38MB.")
@@ -351,9 +351,9 @@ def make_plan(
     }
     changes = {name: value for name, value in given.items() if value not in (None, [])}
     settings = Recipe.read(recipe, **changes).to_dict() if recipe else changes
+    to = to or directory / "plan.json"
     out.print(planner.plan_table(planner.plan(directory, to, **settings)))
-    if to is not None:
-        out.print(f"plan   {to}", highlight=False, soft_wrap=True)
+    out.print(f"plan   {to}", highlight=False, soft_wrap=True)
 
 
 @app.command()

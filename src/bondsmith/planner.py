@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bondsmith.data import check_spec
 from bondsmith.recipe import BUDGETS, Recipe
 from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, logging_to
+from bondsmith.stages.estimate import measure_speed, plan_needs
 from bondsmith.stages.frontier import Frontier, frontier_sections, predict_frontier
 from bondsmith.stages.plan import Plan, PlanError
 from bondsmith.stages.planning import planned
@@ -104,10 +105,15 @@ def plan(directory: str | Path, out: str | Path | None = None, **settings: Any) 
     Args:
         settings: of a recipe: budgets (keep, bytes, multiply_adds, loss), bits, group, bounds, keep_dense, channels, gauge.
 
+    Printed, it also says what carrying it out takes on this machine.
+
     Raises:
         ValueError: there is no profile, or PlanError: the budgets cannot be met.
     """
-    found = planned(_load(directory), Recipe.from_settings(settings))
+    profile, recipe = _load(directory), Recipe.from_settings(settings)
+    found = planned(profile, recipe)
+    taken = recipe.changed(**shared_settings(Path(directory).expanduser()))
+    found = replace(found, needs=plan_needs(found, profile, taken, measure_speed()))
     if out is not None:
         found.save(Path(out))
     return found

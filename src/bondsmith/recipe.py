@@ -312,7 +312,9 @@ def grid_of(bits: int, group: int, codebook: str = "uniform") -> Grid:
     """Returns the grid a plan rounds to: 8 bits per row, fewer in groups with a minimum, or without one where a `codebook` has 4 bits."""
     if bits == 8:
         return Grid(8, 0)
-    return Grid(4, group, codebook=codebook) if bits == 4 and codebook != "uniform" else Grid(bits, group, symmetric=False)
+    return (
+        Grid(4, group, codebook=codebook) if bits == 4 and codebook != "uniform" else Grid(bits, group, symmetric=False)
+    )
 
 
 def parse_bytes(text: str, parameters: int) -> int:

@@ -9,7 +9,7 @@ from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
 from bondsmith.tensor.fit import whitened_cut
 from bondsmith.tensor.gauge import left_factor
 from bondsmith.tensor.gptq import gptq
-from bondsmith.tensor.hybrid import fit_hybrid, shares_left, unseen_shares_left
+from bondsmith.tensor.hybrid import UnseenShares, fit_hybrid, shares_left
 from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import fold
 from bondsmith.tensor.rounded import RoundedNetwork, core_moment, round_network, spread
@@ -134,13 +134,17 @@ def test_a_hybrid_takes_out_most_of_the_loss_where_few_outputs_carry_the_loss() 
 def test_what_a_hybrid_leaves_is_judged_on_rows_that_did_not_choose() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2, 48, 32, generator=generator, dtype=torch.float64)  # no direction is better than another
-    one, other = (half.T @ half for half in rows)
-    steps = torch.ones(32)
-    assert float(shares_left(one + other)[8]) < 0.6
-    assert float(unseen_shares_left(one, other, steps)[8]) == pytest.approx(1 - 8 / 32, abs=0.05)
+    chosen = rows[0].T @ rows[0]
+    assert float(shares_left(chosen)[8]) < 0.5
+    shares = UnseenShares(chosen, torch.ones(32))
+    shares.see(rows[1])
+    assert float(shares.left()[8]) == pytest.approx(1 - 8 / 32, abs=0.1)
     loud = torch.full((32,), 1e-3)
     loud[:8] = 1.0
-    assert float(unseen_shares_left(one, other, loud)[8]) < 1e-4  # the steps count
+    shares = UnseenShares(chosen, loud)
+    shares.see(rows[1, :20])
+    shares.see(rows[1, 20:])
+    assert float(shares.left()[8]) < 1e-4  # the steps count
 
 
 def test_an_unrounded_network_in_a_hybrid() -> None:

@@ -21,7 +21,8 @@ from rich.text import Text
 from bondsmith.data import SELF
 from bondsmith.model.facts import Facts
 from bondsmith.recipe import UNROUNDED, Recipe, RecipeError, parse_bytes
-from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, uniform_plan
+from bondsmith.stages.plan import MatrixPlan, Needs, Plan, PlanError, uniform_plan
+from bondsmith.stages.profile import Profile
 from bondsmith.stages.wording import count, duration, number, size
 from bondsmith.tensor.sites import parse_sites
 
@@ -29,6 +30,7 @@ GRADIENT_LEAST, GRADIENT_SHARE = 4096, 6  # of the calibration tokens, one in si
 _BATCH_TOKENS = 2048
 _PROCESS = 450e6  # bytes of Python, torch and transformers
 _FORWARD = 1.35  # a pass over its matrices' multiply-adds: attention, norms, activations (measured)
+_ROUNDING = 12  # passes of rows x columns^2 multiply-adds that error compensation and fitted scales take (measured)
 _BACKWARD = 2.4  # a backward pass with second moments, over a forward pass
 
 
@@ -39,20 +41,6 @@ class Speed:
     single: float
     double: float
     eigh: float
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What carrying a plan out takes, by what it is for: bytes in memory at the peak, bytes on disk, seconds; None if not measured."""
-
-    memory: Mapping[str, float]
-    disk: Mapping[str, float]
-    seconds: Mapping[str, float] | None
-
-    @property
-    def peak(self) -> float:
-        """Bytes in memory at the peak."""
-        return sum(self.memory.values())
 
 
 @dataclass(frozen=True)
@@ -182,6 +170,24 @@ def estimate(facts: Facts, recipe: Recipe, speed: Speed | None = None) -> Estima
 
 
 MOSTLY = 0.75
+
+
+def plan_needs(plan: Plan, profile: Profile, recipe: Recipe, speed: Speed) -> Needs:
+    """Returns what it takes to carry out a plan whose profile is at hand: gradients and curves need not be made again.
+
+    Args:
+        recipe: with the calibration of the profile.
+    """
+    shapes = {m.name: (m.block, m.out_features, m.in_features) for m in profile.matrices}
+    tables = {t.name: (t.rows, t.columns) for t in profile.tables}
+    vocabulary, width = max(tables.values(), default=(0, 0))
+    dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[profile.itemsize]
+    other = profile.other_parameters
+    facts = Facts(profile.model, "", shapes, tables, other, vocabulary * width, None, width, vocabulary, dtype, 0, "")
+    seconds = _seconds(facts, recipe, plan, speed) or {}
+    left = {k: v for k, v in seconds.items() if k not in ("gradients", "profile", "writing text")}
+    disk = {k: v for k, v in _disk(facts, recipe, plan, dtype).items() if k != "gradients"}
+    return Needs(_memory(facts, recipe), disk, left)
 
 
 def _alike(facts: Facts, recipe: Recipe, dtype: torch.dtype) -> tuple[Plan, int]:
@@ -322,6 +328,9 @@ def _seconds(facts: Facts, recipe: Recipe, plan: Plan, speed: Speed | None) -> d
     if recipe.planned:
         found["profile"] = sum(_fit_seconds(m, recipe.changed(propagate=False), speed) for m in plan.matrices)
     found["networks"] = sum(_fit_seconds(m, recipe, speed) for m in plan.matrices if m.sites is not None)
+    if recipe.needs_moments:
+        rounded = [m for m in (*plan.matrices, *plan.tables) if m.grid is not None]
+        found["rounding"] = sum(_ROUNDING * m.rows * m.columns**2 for m in rounded) / speed.double
     return found
 
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from bondsmith.model.blocks import (
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.stages.streams import Stream
-from bondsmith.tensor.hybrid import unseen_shares_left
+from bondsmith.tensor.hybrid import UnseenShares
 
 _OVERFLOW = 1e18  # the square of an activation this large leaves float32 in a sum
 _PANEL = 128  # narrower panels make slow products
@@ -63,12 +62,6 @@ class Moment:
         for first in range(0, rows_TI.shape[1], step):
             panel = slice(first, first + step)
             self._sum[panel, : panel.stop].addmm_(weighted_TI[:, panel].T, rows_TI[:, : panel.stop])
-
-    def merge(self, other: Moment) -> None:
-        """Adds what another moment of the same features has summed."""
-        self._sum += other._sum
-        self._rows += other._rows
-        self._weight += other._weight
 
     @property
     def seen(self) -> bool:
@@ -317,23 +310,20 @@ def _block_moments(
 ) -> None:
     device = block_device(block)
     table = matrices(block)
-    halves = [{name: Moment(shape(m)[0], device) for name, m in table.items()} for _ in range(2)]
-    turn = 0  # even batches go to one half, odd ones to the other
+    B = {name: _OutputMoment(m, device) for name, m in table.items()}
     with torch.no_grad():
         first_window = streams[k].read(0, 1).to(device)
         groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
         bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
     C = [Moment(g.in_features, device) for g in groups]
-
-    def half(name: str) -> Moment:
-        return halves[turn][name]
-
-    handles = [m.register_forward_hook(_watch_gradient(partial(half, name))) for name, m in table.items()]
+    handles = [m.register_forward_hook(_watch_gradient(B[name])) for name, m in table.items()]
 
     def back() -> Iterator[Tensor]:
-        nonlocal turn
-        for first in range(0, len(ids), batch):
-            turn = first // batch % 2
+        batches = range(0, len(ids), batch)
+        for first in batches:
+            if first and first == batches[len(batches) // 2]:
+                for moment in B.values():
+                    moment.split()
             leaf = streams[k].read(first, batch).to(device).requires_grad_()
             with capture_inputs(block, groups) as seen:
                 out = runner.block(k, ids[first : first + batch], leaf)
@@ -346,31 +336,40 @@ def _block_moments(
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
-    for name, matrix in table.items():
-        one, other = (half[name] for half in halves)
-        if one.seen and other.seen:
-            found[f"left.{name}"] = unseen_shares_left(one.mean(name), other.mean(name), _ranges(weight(matrix)))
-        if one.seen or other.seen:
-            one.merge(other)
-            found[f"output.{name}"] = one.mean(name)
+    found = {f"output.{name}": m.mean(name) for name, m in B.items() if m.seen}
+    found |= {f"left.{name}": m.shares.left() for name, m in B.items() if m.shares is not None}
     found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in zip(groups, C, strict=True) if m.seen}
     inputs = {name: g.names[0] for g in groups for name in g.names}
     write_json(folder / f"structure-{k}.json", {"inputs": inputs, "bonds": [asdict(b) for b in bonds]})
     write_shard(folder / f"block-{k}.safetensors", found)
 
 
-def _watch_gradient(moment: Callable[[], Moment]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+class _OutputMoment(Moment):
+    """`B` of a matrix; once `split`, later rows also judge what the leading directions of the earlier ones are worth to a hybrid."""
+
+    def __init__(self, matrix: nn.Module, device: torch.device):
+        super().__init__(shape(matrix)[0], device)
+        self.matrix = matrix
+        self.shares: UnseenShares | None = None
+
+    def split(self) -> None:
+        """Chooses the directions."""
+        if self.seen:
+            W = weight(self.matrix)
+            self.shares = UnseenShares(self.mean("gradients"), W.amax(1) - W.amin(1))
+
+    def add(self, rows_TI: Tensor, weights_T: Tensor | None = None, other_TI: Tensor | None = None) -> None:
+        super().add(rows_TI, weights_T, other_TI)
+        if self.shares is not None:
+            self.shares.see(rows_TI)
+
+
+def _watch_gradient(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(lambda g: moment().add(g.reshape(-1, g.shape[-1])))
+            out.register_hook(lambda g: moment.add(g.reshape(-1, g.shape[-1])))
 
     return hook
-
-
-def _ranges(W: Tensor) -> Tensor:
-    """Returns the range of every row, (O,): the step of a grid over it is in proportion."""
-    return W.amax(1) - W.amin(1)
 
 
 def block_device(block: nn.Module) -> torch.device:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
+from bondsmith.stages.wording import duration, size
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites, parse_sites
 
@@ -189,6 +190,24 @@ class MatrixPlan:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What carrying a plan out takes, by what it is for: bytes in memory at the peak, bytes on disk, seconds; None if not measured."""
+
+    memory: Mapping[str, float]
+    disk: Mapping[str, float]
+    seconds: Mapping[str, float] | None
+
+    @property
+    def peak(self) -> float:
+        """Bytes in memory at the peak."""
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        time = "" if self.seconds is None else f" and {duration(sum(self.seconds.values()))}"
+        return f"takes about {size(self.peak)} of memory, {size(sum(self.disk.values()))} of disk{time}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a whole model: one entry per matrix in depth order, and what is not a matrix of a block.
 
@@ -198,6 +217,7 @@ class Plan:
         tables: embedding and head, where they are rounded.
         loss: predicted loss in nats a token, or None.
         gap: how far from the optimum the choice can be at most, relative; None where nothing was chosen.
+        needs: what carrying it out takes, where that was estimated.
     """
 
     matrices: tuple[MatrixPlan, ...]
@@ -205,6 +225,7 @@ class Plan:
     tables: tuple[MatrixPlan, ...] = ()
     loss: float | None = None
     gap: float | None = None
+    needs: Needs | None = field(default=None, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -312,7 +333,7 @@ class Plan:
         return (
             f"{len(self.matrices)} matrices ({dense} stay dense): keep {self.keep:.3f}, "
             f"{self.parameters / 1e6:.1f} M parameters of {(self.other_parameters + before) / 1e6:.1f} M, "
-            f"{work:.2f} of the matrices' multiply-adds{rounded}{loss}"
+            f"{work:.2f} of the matrices' multiply-adds{rounded}{loss}{'' if self.needs is None else f'; {self.needs}'}"
         )
 
 

@@ -112,26 +112,39 @@ def shares_left(output_moment: Tensor, step_sizes: Tensor | None = None) -> Tens
     return tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def unseen_shares_left(one: Tensor, other: Tensor, step_sizes: Tensor) -> Tensor:
-    """What `shares_left` promises, on rows that did not choose the directions: bonds 0, 1, ... up to 64, float64.
+class UnseenShares:
+    """What `shares_left` promises, judged on rows that did not choose the directions.
 
-    The leading directions of each of two moments are taken out of the other; the mean of both. Where few rows decide a moment (values,
-    above all) its own directions promise three times too much.
+    Where few rows decide a moment (values, above all) its own directions promise three times too much. So they are chosen from the moment
+    of some rows, and `see` adds up what they take of others.
 
     Args:
-        one, other: `B` over two halves of the rows.
+        output_moment: `B` over the rows that choose.
         step_sizes: `(O,)`, root mean square step of each row of the matrix.
 
-    >>> B = torch.diag(torch.tensor([3.0, 1.0]))
-    >>> unseen_shares_left(B, B, torch.ones(2))
-    tensor([1.0000, 0.2500, 0.0000], dtype=torch.float64)
+    >>> shares = UnseenShares(torch.diag(torch.tensor([3.0, 1.0])), torch.ones(2))
+    >>> shares.see(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    >>> shares.left()
+    tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
-    steps = step_sizes.to(torch.float64)
-    halves = [steps[:, None] * B.to(torch.float64) * steps for B in (one, other)]
-    found = []
-    for chooses, judges in (halves, halves[::-1]):
+
+    def __init__(self, output_moment: Tensor, step_sizes: Tensor):
+        steps = step_sizes.to(torch.float64)
+        chooses = steps[:, None] * output_moment.to(torch.float64) * steps
         directions = leading_eigenvectors(chooses, min(LARGEST_BOND, len(chooses)))
-        taken = (directions * (judges @ directions)).sum(0).clamp_min(0)
-        whole = judges.trace().clamp_min(torch.finfo(torch.float64).tiny)
-        found.append(1 - torch.cat((taken.new_zeros(1), taken.cumsum(0) / whole)))
-    return ((found[0] + found[1]) / 2).clamp_min(0)
+        self._steps = step_sizes.to(output_moment.dtype)
+        self._directions = directions.to(output_moment.dtype)
+        self._taken = directions.new_zeros(directions.shape[1])
+        self._whole = directions.new_zeros(())
+
+    def see(self, rows_TO: Tensor) -> None:
+        """Adds rows `g`."""
+        rows = rows_TO * self._steps
+        self._taken += (rows @ self._directions).square().sum(0)
+        self._whole += rows.square().sum()
+
+    def left(self) -> Tensor:
+        """The shares at bonds 0, 1, ... up to 64, float64; ones where no row was seen."""
+        tiny = torch.finfo(torch.float64).tiny
+        taken = torch.cat((self._taken.new_zeros(1), self._taken.cumsum(0) / self._whole.clamp_min(tiny)))
+        return (1 - taken).clamp(0, 1)

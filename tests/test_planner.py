@@ -1,0 +1,99 @@
+"""Profile, plan, frontier and compression one after the other, as commands, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import save_tiny
+from test_cli import run
+
+import bondsmith
+from bondsmith.rundir import RunError
+from bondsmith.stages.plan import Plan, PlanError
+from bondsmith.stages.profile import Profile
+
+SETTINGS = {"tokens": 4096, "window": 32}
+
+
+@pytest.fixture(scope="module")
+def profiled(original: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that `bondsmith profile` wrote, with probes."""
+    folder = tmp_path_factory.mktemp("profiled") / "profile"
+    with pytest.MonkeyPatch.context() as patch:
+        options = ("--calibration", str(text), "--tokens", "4096", "--window", "32", "--probes", "2")
+        run(patch, "profile", str(original), "--out", str(folder), *options)
+    return folder
+
+
+def test_a_profile_holds_curves_of_every_matrix_and_a_page(profiled: Path) -> None:
+    profile = Profile.load(profiled)
+    assert len(profile.matrices) == 21
+    for matrix in profile.matrices:
+        losses = matrix.cut_losses()
+        assert float(losses[0]) > 0
+        assert (losses.diff() <= 0).all()
+        assert matrix.left[0] == 1.0
+        assert list(matrix.left) == sorted(matrix.left, reverse=True)
+    assert [b.reader for b in profile.bonds] == [f"model.layers.{k}.mlp.down_proj" for k in range(3)]
+    assert "<svg" in (profiled / "profile.html").read_text()
+
+
+def test_the_page_of_a_profile_and_its_plan_come_from_the_same_numbers(
+    profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    run(monkeypatch, "plan", str(profiled), "--keep", "0.6", "--out", str(file))
+    shown = capsys.readouterr().out
+    plan = Plan.load(file)
+    assert plan.keep <= 0.6
+    assert f"predicted loss {plan.loss:.4f}" in " ".join(shown.split())
+    assert "takes about" in shown
+    assert "of memory" in " ".join(shown.split())
+    run(monkeypatch, "frontier", str(profiled), "--out", str(tmp_path / "page.html"))
+    assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_a_compression_goes_on_from_a_profile_or_a_plan_to_the_same_weights(
+    original: Path, text: Path, profiled: Path, tmp_path: Path
+) -> None:
+    outs = {
+        "profile": {"profile": str(profiled), "keep": 0.6},
+        "plan": {"plan": str(tmp_path / "plan.json"), "profile": str(profiled)},
+        "alone": {"keep": 0.6, "calibration": [str(text)], "probe_windows": 2} | SETTINGS,
+    }
+    bondsmith.plan(profiled, tmp_path / "plan.json", keep=0.6)
+    found = {}
+    for name, settings in outs.items():
+        evaluate = name == "alone"  # holds the same text out as the profile does
+        done = bondsmith.compress(original, tmp_path / name, evaluate=evaluate, **settings)
+        found[name] = done.load().state_dict()
+        assert Plan.load(done.path / "plan.json").loss == pytest.approx(Plan.load(tmp_path / "plan.json").loss)
+    for name in ("plan", "alone"):
+        assert found[name].keys() == found["profile"].keys()
+        assert all(torch.equal(t, found["profile"][key]) for key, t in found[name].items())
+
+
+def test_a_profile_of_an_older_version_lacks_a_setting(original: Path, profiled: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    older.mkdir()
+    for entry in profiled.iterdir():
+        (older / entry.name).symlink_to(entry)
+    (older / "recipe.yaml").unlink()
+    settings = yaml.safe_load((profiled / "recipe.yaml").read_text())
+    (older / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "probe_windows"}))
+    done = bondsmith.compress(original, tmp_path / "out", evaluate=False, profile=str(older), keep=0.9)
+    assert done.results["size"]["compressed"]["matrix_parameters"] > 0
+
+
+def test_what_is_no_profile_of_this_model_is_refused(profiled: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="holds no profile"):
+        bondsmith.plan(tmp_path, keep=0.5)
+    save_tiny(tmp_path / "other", seed=5)
+    with pytest.raises(RunError, match="profile of another model"):
+        bondsmith.compress(tmp_path / "other", tmp_path / "out", profile=str(profiled), keep=0.5)
+    with pytest.raises(RunError, match="holds no profile"):
+        bondsmith.compress(tmp_path / "other", tmp_path / "out", profile=str(tmp_path), keep=0.5)
+    assert not (tmp_path / "out").exists()
