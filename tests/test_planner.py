@@ -97,3 +97,30 @@ def test_what_is_no_profile_of_this_model_is_refused(profiled: Path, tmp_path: P
     with pytest.raises(RunError, match="holds no profile"):
         bondsmith.compress(tmp_path / "other", tmp_path / "out", profile=str(tmp_path), keep=0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_without_memory_for_gradients_the_input_metric_takes_over(
+    original: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"calibration": [str(text)], "bytes": "0.3"} | SETTINGS
+    monkeypatch.setattr("bondsmith.run.free_memory", lambda device: 1e5)
+    with pytest.raises(RunError, match=r"loss metric needs .* of memory.*input, which needs no gradients"):
+        bondsmith.compress(original, tmp_path / "forced", metric="loss", **settings)
+    assert not (tmp_path / "forced.partial").exists()
+    with pytest.raises(RunError, match="loss metric needs"):
+        bondsmith.compress(original, tmp_path / "forced", loss=0.1, calibration=[str(text)])
+    with pytest.warns(UserWarning, match="going on with the input metric"):
+        done = bondsmith.compress(original, tmp_path / "out", evaluate=False, **settings)
+    assert done.results["settings"]["metric"] == "input"
+    assert "input metric" in (done.path / "log.txt").read_text()
+    chosen = Plan.load(done.path / "plan.json")
+    assert chosen.bytes(4) <= 0.3 * done.results["size"]["original"]["bytes_fp32"]
+    assert chosen.loss is None
+    monkeypatch.undo()
+    asked = bondsmith.compress(original, tmp_path / "asked", evaluate=False, metric="input", **settings)
+    weights = done.load().state_dict()
+    assert all(torch.equal(t, weights[name]) for name, t in asked.load().state_dict().items())
+    assert (
+        bondsmith.compress(original, tmp_path / "free", evaluate=False, **settings).results["settings"]["metric"]
+        == "loss"
+    )

@@ -106,6 +106,7 @@ class _Compression(Run):
         with self.stage("open"):
             opened = self.open(model, text=self.recipe.needs_moments or evaluate)
             source, runner, dtype, tokenizer = opened.source, opened.runner, opened.dtype, opened.tokenizer
+            self.settle_metric(opened)
             first = self.first_plan(opened)
             check_disk(self.directory, first, runner, self.recipe, dtype)
             if self.recipe.profile is not None:

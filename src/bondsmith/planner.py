@@ -85,8 +85,9 @@ def profile(
         run = Run(out, recipe, progress, shlex.join(sys.argv))
         with run.stage("open"):
             opened = run.open(model, text=recipe.needs_moments)
+            run.settle_metric(opened)
             run.keep_fingerprint(opened.source, evaluate=True)
-        recipe.save(out / "recipe.yaml")
+        run.recipe.save(out / "recipe.yaml")
         with run.stage("calibration text"):
             calibration, _ = run.windows(opened.source, opened.tokenizer, evaluate=True)
         job = run.job(opened.source, opened.runner, Plan((), 0), calibration, opened.dtype)

@@ -46,7 +46,8 @@ class Recipe:
         bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
         probe_windows: calibration windows on which probes correct the scale of the profile, block by block; 0 leaves it as predicted.
         channels: a plan may also drop hidden channels of MLPs (their hidden bond), refitting the matrix that reads them.
-        metric: error that the networks minimise: frobenius, input (second moments of inputs) or loss (also of gradients).
+        metric: error that the networks minimise: frobenius, input (second moments of inputs) or loss (also of gradients). auto is loss,
+            or input, with a warning, where a pass back through one block does not fit into memory.
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
         propagate: fit each matrix to the inputs that the already compressed layers before it produce.
         propagation_strength: share of the propagation correction that is applied, in [0, 1].
@@ -80,7 +81,7 @@ class Recipe:
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     probe_windows: int = 0
     channels: bool = True
-    metric: str = "loss"
+    metric: str = "auto"
     sites: str = "auto"
     propagate: bool = True
     propagation_strength: float = 0.5
@@ -147,8 +148,8 @@ class Recipe:
         self._check_budgets()
         if self.bytes is not None:
             parse_bytes(self.bytes, 4)
-        if self.metric not in METRICS:
-            raise RecipeError(f"metric: {self.metric!r} is not one of {', '.join(METRICS)}")
+        if self.metric not in ("auto", *METRICS):
+            raise RecipeError(f"metric: {self.metric!r} is not one of auto, {', '.join(METRICS)}")
         if not _SITES.fullmatch(self.sites):
             raise RecipeError(
                 f"sites: {self.sites!r} is not auto, matrix, interleaved:N (N from 2 to 9), thin:S or legs like (24,24)(24,24)"
@@ -211,7 +212,7 @@ class Recipe:
                 raise RecipeError(f"{name}: {value} is not in (0, 1]; 0.8 keeps four fifths")
         if self.loss is not None and not self.loss > 0:
             raise RecipeError(f"loss: {self.loss} nats a token is no tolerated loss; 0.03 is about 3 % of perplexity")
-        if self.loss is not None and self.metric != "loss":
+        if self.loss is not None and self.metric not in ("auto", "loss"):
             raise RecipeError(f"loss: the metric {self.metric!r} predicts no nats; use metric: loss")
 
     def _check_bounds(self) -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -26,6 +29,7 @@ from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_who
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
 from bondsmith.stages import decompose, moments
+from bondsmith.stages.estimate import memory_needed
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
 from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, uniform_plan
 from bondsmith.stages.planning import planned
@@ -33,6 +37,7 @@ from bondsmith.stages.probe import measure_probes
 from bondsmith.stages.profile import Profile, TableProfile
 from bondsmith.stages.scaling import parts, probe_of, scaled
 from bondsmith.stages.streams import Stream
+from bondsmith.stages.wording import size
 
 Progress = Callable[[str, float], None]
 FISHER_LEAST = 4096  # tokens, where there are so many
@@ -84,6 +89,33 @@ class Run:
         shapes, other = model_shapes(runner)
         tokenizer = tokenizer_of(model, source) if text else None
         return Opened(source, runner, dtype, shapes, other, table_plans(runner), tokenizer)
+
+    def settle_metric(self, opened: Opened) -> None:
+        """Makes `auto` one of the metrics: loss where a pass back through a block fits into memory, input otherwise, with a warning.
+
+        An interrupted run keeps the metric that it had. RunError where the loss metric is asked for by name and does not fit.
+        """
+        if self.recipe.metric not in ("auto", "loss"):
+            return
+        known = self.directory / "recipe.yaml"
+        if known.is_file() and self.recipe.metric == "auto":
+            self.recipe = self.recipe.changed(metric=yaml.safe_load(known.read_text())["metric"])
+            return
+        tables = {t.name: (t.out_features, t.in_features) for t in opened.tables}
+        by_loss = self.recipe.changed(metric="loss")
+        needed, free = memory_needed(opened.shapes, tables, by_loss), free_memory(device_of(self.recipe))
+        if needed <= free:
+            self.recipe = by_loss
+            return
+        numbers = f"the loss metric needs {size(needed)} of memory, most of it for gradients of one block, {size(free)} are free"
+        if self.recipe.metric == "loss" or self.recipe.loss is not None:
+            raise RunError(
+                f"{numbers}: free some, take a smaller --window, or --metric input, which needs no gradients"
+            )
+        self.recipe = self.recipe.changed(metric="input")
+        lost = "plans then rank matrices by their relative errors, not by nats, and lose about twice as much at the same size"
+        log.warning("%s: going on with the input metric; %s", numbers, lost)
+        warnings.warn(f"{numbers}: going on with the input metric; {lost}", stacklevel=2)
 
     def first_plan(self, opened: Opened) -> Plan:
         """Returns the plan if it needs no profile; otherwise, from the shapes alone, one that shows that the budgets can be met."""
@@ -189,7 +221,9 @@ class Run:
 
     def tables(self, opened: Opened, job: decompose.Job) -> tuple[TableProfile, ...]:
         """Returns embedding and head with the predicted loss of rounding them."""
-        seen = moments.load_table_moments(self.gradients_folder, self.gradient_ids(job))
+        seen = None
+        if self.recipe.metric == "loss":
+            seen = moments.load_table_moments(self.gradients_folder, self.gradient_ids(job))
         tied = len(opened.tables) == 1
         found = []
         for i, table in enumerate(opened.tables):
@@ -316,7 +350,8 @@ class Run:
     def gradients(self, job: decompose.Job) -> None:
         """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it."""
         plans = self.recipe.planned or job.plan.drops_channels
-        wanted = self.recipe.metric == "loss" or (plans and self.recipe.needs_moments)
+        back = self.recipe.metric == "loss"
+        wanted = back or (plans and self.recipe.needs_moments)
         if not wanted or (job.work / "fisher.done").is_file():
             return
         folder = self.gradients_folder
@@ -336,9 +371,8 @@ class Run:
                 return job.load(k)
 
             moments.block_inputs(job.runner, load, ids, streams, job.batch, advance)
-            moments.output_moments(
-                job.runner, load, ids, streams, folder, batch=job.batch, seed=self.recipe.seed, advance=advance
-            )
+            make = partial(moments.output_moments, seed=self.recipe.seed) if back else moments.input_moments
+            make(job.runner, load, ids, streams, folder, batch=job.batch, advance=advance)
         write_json(job.work / "fisher.done", True)
         for stream in streams:
             stream.remove()
@@ -395,6 +429,13 @@ def check_disk(directory: Path, plan: Plan, runner: BlockRunner, recipe: Recipe,
             f"hidden states {hidden / 1e6:.1f}, gradients {outputs / 1e6:.1f}), {free / 1e6:.1f} MB are free: make room, "
             "choose another --out or fewer --tokens"
         )
+
+
+def free_memory(device: torch.device) -> float:
+    """Returns the free bytes of a device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
 
 
 def check_memory(source: Source, copies: int, purpose: str, remedy: str) -> None:

@@ -34,6 +34,9 @@ _ROUNDING = 12  # passes of rows x columns^2 multiply-adds that error compensati
 _BACKWARD = 2.4  # a backward pass with second moments, over a forward pass
 
 
+Shapes = Mapping[str, tuple[int, int, int]]
+
+
 @dataclass(frozen=True)
 class Speed:
     """Rates of this machine: multiply-adds a second of products in float32 and float64, seconds of an `eigh` of 1024 rows."""
@@ -163,6 +166,8 @@ def estimate(facts: Facts, recipe: Recipe, speed: Speed | None = None) -> Estima
     """
     if recipe.keep is None and recipe.bytes is None:
         raise RecipeError("an estimate takes keep or bytes: what other budgets lead to is decided by the weights")
+    if recipe.metric == "auto":
+        recipe = recipe.changed(metric="loss")
     dtype = facts.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     plan, bits = _alike(facts, recipe, dtype)
     needs = Needs(_memory(facts, recipe), _disk(facts, recipe, plan, dtype), _seconds(facts, recipe, plan, speed))
@@ -180,10 +185,8 @@ def plan_needs(plan: Plan, profile: Profile, recipe: Recipe, speed: Speed) -> Ne
     """
     shapes = {m.name: (m.block, m.out_features, m.in_features) for m in profile.matrices}
     tables = {t.name: (t.rows, t.columns) for t in profile.tables}
-    vocabulary, width = max(tables.values(), default=(0, 0))
     dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[profile.itemsize]
-    other = profile.other_parameters
-    facts = Facts(profile.model, "", shapes, tables, other, vocabulary * width, None, width, vocabulary, dtype, 0, "")
+    facts = _facts(profile.model, shapes, tables, profile.other_parameters, dtype)
     seconds = _seconds(facts, recipe, plan, speed) or {}
     left = {k: v for k, v in seconds.items() if k not in ("gradients", "profile", "writing text")}
     disk = {k: v for k, v in _disk(facts, recipe, plan, dtype).items() if k != "gradients"}
@@ -264,8 +267,8 @@ def _gradient_tokens(recipe: Recipe) -> int:
     return min(recipe.tokens, recipe.window * max(windows // GRADIENT_SHARE, -(-GRADIENT_LEAST // recipe.window)))
 
 
-def _memory(facts: Facts, recipe: Recipe) -> dict[str, float]:
-    """Returns the bytes in memory at the peak, by what they are."""
+def _memory(facts: Facts, recipe: Recipe, sampling: bool = True) -> dict[str, float]:
+    """Returns the bytes in memory at the peak, by what they are; `sampling`: the model may have to write its own text."""
     largest = max(sum(o * i for o, i in facts.block(k)) for k in range(facts.blocks))
     found = {
         "process": _PROCESS,
@@ -277,17 +280,37 @@ def _memory(facts: Facts, recipe: Recipe) -> dict[str, float]:
     rows = [o * i for _, o, i in facts.shapes.values()], [i * i for _, _, i in facts.shapes.values()]
     fit = max(24.0 * oi + 40.0 * ii for oi, ii in zip(*rows, strict=True))
     passing = 4.0 * _BATCH_TOKENS * max(sum(o + i for o, i in facts.block(k)) for k in range(facts.blocks)) / 2
-    head = 4.0 * 5 * recipe.window * facts.vocabulary if recipe.metric == "loss" else 0.0
-    outputs = max(sum(o * o + i * i for o, i in facts.block(k)) for k in range(facts.blocks))
-    gradients = head + (4.0 * outputs if recipe.metric == "loss" else 0.0)
+    gradients = _gradient_memory(facts, recipe) if recipe.metric == "loss" else 0.0
     stage = "fit of the largest matrix" if fit >= gradients else "gradients"
     found |= {stage: max(fit, gradients), "hidden states of a batch": passing}
-    if SELF in recipe.calibration:
+    if sampling and SELF in recipe.calibration:
         whole = 4.0 * facts.parameters
         inside = sum(found.values()) - _PROCESS
         if whole > inside:
             return {"process": _PROCESS, "the whole model, to write its own calibration text": whole * 1.05}
     return found
+
+
+def _gradient_memory(facts: Facts, recipe: Recipe) -> float:
+    """Returns the bytes that a pass back through one block takes, its moments and the logits of a window included."""
+    outputs = max(sum(o * o + i * i for o, i in facts.block(k)) for k in range(facts.blocks))
+    return 4.0 * (5 * recipe.window * facts.vocabulary + outputs)
+
+
+def memory_needed(shapes: Shapes, tables: Mapping[str, tuple[int, int]], recipe: Recipe) -> float:
+    """Returns the bytes in memory at the peak of a compression besides the process, from the shapes of a model alone.
+
+    Args:
+        shapes: matrix name -> (block, out features, in features).
+        tables: embedding, and head where it has weights of its own: name -> (vocabulary, width).
+    """
+    found = _memory(_facts("", shapes, tables, 0, torch.float32), recipe, sampling=False)
+    return sum(found.values()) - found["process"]
+
+
+def _facts(name: str, shapes: Shapes, tables: Mapping[str, tuple[int, int]], other: int, dtype: torch.dtype) -> Facts:
+    vocabulary, width = max(tables.values(), default=(0, 0))
+    return Facts(name, "", shapes, tables, other, vocabulary * width, None, width, vocabulary, dtype, 0, "")
 
 
 def _disk(facts: Facts, recipe: Recipe, plan: Plan, dtype: torch.dtype) -> dict[str, float]:

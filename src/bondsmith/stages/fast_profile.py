@@ -169,8 +169,14 @@ def rounding_unit(W: Tensor, inputs: Tensor | None, outputs: Tensor | None, grou
     return float(0.5 * (b @ (ranges @ sums)) / 12)
 
 
-def table_profile(name: str, W: Tensor, seen: TableMoments, *, embeds: bool, predicts: bool) -> TableProfile:
-    """Returns what rounding an embedding, a head, or the one matrix that is both (V, width) would cost."""
+def table_profile(name: str, W: Tensor, seen: TableMoments | None, *, embeds: bool, predicts: bool) -> TableProfile:
+    """Returns what rounding an embedding, a head, or the one matrix that is both (V, width) would cost.
+
+    In nats a token where it is known what they see; otherwise as a relative squared error, as of matrices in the other metrics.
+    """
+    if seen is None:
+        whole = float(W.to(torch.float64).square().sum()) / 2
+        return TableProfile(name, W.shape[0], W.shape[1], {g: rounding_unit(W, None, None, g) / whole for g in _GROUPS})
     rounding = dict.fromkeys(_GROUPS, 0.0)
     for group in _GROUPS:
         if predicts:

@@ -298,6 +298,70 @@ def _head_gradient(runner: BlockRunner, ids: Tensor, leaf: Tensor, generator: to
     return torch.autograd.grad(loss, leaf)[0], spread
 
 
+def input_moments(
+    runner: BlockRunner,
+    load: Callable[[int], nn.Module],
+    ids: Tensor,
+    streams: Sequence[Stream],
+    folder: Path,
+    *,
+    batch: int,
+    advance: Callable[[], None],
+) -> None:
+    """Writes what `output_moments` does without `B`: no pass back is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(len(runner)):
+        if not (folder / f"block-{k}.safetensors").is_file():
+            with torch.no_grad():
+                seen = _BlockSeen.of(runner, load(k), k, ids, streams[k])
+                for first in range(0, len(ids), batch):
+                    seen.run(first, streams[k].read(first, batch))
+            seen.write(folder, {})
+        advance()
+
+
+@dataclass(frozen=True, eq=False)
+class _BlockSeen:
+    """Runs a block over windows and keeps the moments of what its matrices read."""
+
+    runner: BlockRunner
+    block: nn.Module
+    k: int
+    ids: Tensor
+    groups: list[Group]
+    bonds: list[HiddenBond]
+    C: list[Moment]
+
+    @classmethod
+    def of(cls, runner: BlockRunner, block: nn.Module, k: int, ids: Tensor, entering: Stream) -> _BlockSeen:
+        device = block_device(block)
+        with torch.no_grad():
+            first_window = entering.read(0, 1).to(device)
+            groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
+            bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
+        return cls(runner, block, k, ids, groups, bonds, [Moment(g.in_features, device) for g in groups])
+
+    def run(self, first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs some windows; returns what entered the block, on its device, and what leaves it."""
+        leaf = rows.to(block_device(self.block))
+        if torch.is_grad_enabled():
+            leaf.requires_grad_()
+        with capture_inputs(self.block, self.groups) as seen:
+            out = self.runner.block(self.k, self.ids[first : first + len(rows)], leaf)
+        for position, read in seen.items():
+            self.C[position].add(read, stream_weights(self.groups[position], leaf.detach(), out.detach()))
+        return leaf, out
+
+    def write(self, folder: Path, found: dict[str, Tensor]) -> None:
+        """Writes the moments, `found` among them, and the structure of the block."""
+        pairs = zip(self.groups, self.C, strict=True)
+        found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in pairs if m.seen}
+        inputs = {name: g.names[0] for g in self.groups for name in g.names}
+        structure = {"inputs": inputs, "bonds": [asdict(b) for b in self.bonds]}
+        write_json(folder / f"structure-{self.k}.json", structure)
+        write_shard(folder / f"block-{self.k}.safetensors", found)
+
+
 def _block_moments(
     runner: BlockRunner,
     block: nn.Module,
@@ -308,14 +372,9 @@ def _block_moments(
     folder: Path,
     batch: int,
 ) -> None:
-    device = block_device(block)
+    seen = _BlockSeen.of(runner, block, k, ids, streams[k])
     table = matrices(block)
-    B = {name: _OutputMoment(m, device) for name, m in table.items()}
-    with torch.no_grad():
-        first_window = streams[k].read(0, 1).to(device)
-        groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
-        bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
-    C = [Moment(g.in_features, device) for g in groups]
+    B = {name: _OutputMoment(m, block_device(block)) for name, m in table.items()}
     handles = [m.register_forward_hook(_watch_gradient(B[name])) for name, m in table.items()]
 
     def back() -> Iterator[Tensor]:
@@ -324,11 +383,7 @@ def _block_moments(
             if first and first == batches[len(batches) // 2]:
                 for moment in B.values():
                     moment.split()
-            leaf = streams[k].read(first, batch).to(device).requires_grad_()
-            with capture_inputs(block, groups) as seen:
-                out = runner.block(k, ids[first : first + batch], leaf)
-            for position, rows in seen.items():
-                C[position].add(rows, stream_weights(groups[position], leaf.detach(), out.detach()))
+            leaf, out = seen.run(first, streams[k].read(first, batch))
             yield torch.autograd.grad(out, leaf, gradients[k + 1].read(first, batch).to(out.device))[0]
 
     try:
@@ -338,10 +393,7 @@ def _block_moments(
             handle.remove()
     found = {f"output.{name}": m.mean(name) for name, m in B.items() if m.seen}
     found |= {f"left.{name}": m.shares.left() for name, m in B.items() if m.shares is not None}
-    found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in zip(groups, C, strict=True) if m.seen}
-    inputs = {name: g.names[0] for g in groups for name in g.names}
-    write_json(folder / f"structure-{k}.json", {"inputs": inputs, "bonds": [asdict(b) for b in bonds]})
-    write_shard(folder / f"block-{k}.safetensors", found)
+    seen.write(folder, found)
 
 
 class _OutputMoment(Moment):
