@@ -25,11 +25,11 @@ from bondsmith import cli
 from bondsmith.data import DataError
 from bondsmith.model.checkpoint import write_index, write_shard
 from bondsmith.model.source import ModelError
-from bondsmith.recipe import Recipe, grid_of
+from bondsmith.recipe import Recipe, RecipeError, grid_of, read_settings
 from bondsmith.rundir import RunError
 from bondsmith.stages.healing import loop
 from bondsmith.stages.healing.losses import Sums
-from bondsmith.stages.healing.settings import HealError, HealSettings, read_settings
+from bondsmith.stages.healing.settings import HealError, HealSettings
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 SETTINGS: dict[str, Any] = {
@@ -434,5 +434,5 @@ def test_the_recipes_that_come_with_it_are_valid() -> None:
     folder = Path(__file__).parents[1] / "recipes"
     assert Recipe.read(folder / "blockwise.yaml", keep=0.6).blockwise > 0
     assert HealSettings.from_settings(read_settings(folder / "heal.yaml") | {"data": "a.txt"}).steps > 100
-    with pytest.raises(HealError, match="no such recipe file"):
+    with pytest.raises(RecipeError, match="no such recipe file"):
         read_settings(folder / "nothing.yaml")

@@ -9,7 +9,7 @@ import torch
 from conftest import save_tiny
 
 import bondsmith
-from bondsmith.recipe import Recipe
+from bondsmith.recipe import Recipe, RecipeError, ready_recipes
 from bondsmith.stages.plan import Plan
 
 TWINS = ("int8", "int4", "int4-nf4", "88-percent", "93-percent", "best-at-88", "best-at-93")
@@ -47,3 +47,10 @@ def test_the_twins_have_the_size_they_promise(name: str, share: float, wide: Pat
     planned = Plan.load(done.path / "plan.json").bytes(2)
     assert size["compressed"]["bytes"] == pytest.approx(planned, rel=0.02)
     assert torch.isfinite(done.load()(input_ids=torch.arange(3, 27)[None]).logits).all()
+
+
+def test_a_ready_recipe_goes_by_its_name(tmp_path: Path) -> None:
+    assert set(TWINS) < set(ready_recipes())
+    assert Recipe.read(Path("int4")) == Recipe.read(Path(__file__).parent.parent / "recipes" / "int4.yaml")
+    with pytest.raises(RecipeError, match=r"int5: no such recipe file; the ready recipes are .*int4"):
+        Recipe.read(Path("int5"))

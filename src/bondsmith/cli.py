@@ -47,6 +47,11 @@ def main() -> None:
         sys.exit(130)
 
 
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="YAML file of settings, or a ready one by name (int4); options override it.")
+]
+
+
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="Hub id, local directory or .gguf file.")],
@@ -97,7 +102,9 @@ def compress(
     dtype: Annotated[str | None, typer.Option(help="Of the saved weights: auto, float32, float16, bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here override it.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file of settings, or a ready one by name; options given here override it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Compress and save only.")] = False,
@@ -177,7 +184,9 @@ def heal(
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here override it.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file of settings, or a ready one by name; options given here override it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     finish: Annotated[bool, typer.Option("--finish", help="Write the best state of an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out; drop an interrupted run.")] = False,
@@ -185,7 +194,7 @@ def heal(
 ) -> None:
     """Train the networks of a compressed directory to predict what the original predicts. Also under torchrun."""
     from bondsmith.healing import heal as heal_directory
-    from bondsmith.stages.healing.settings import read_settings
+    from bondsmith.recipe import read_settings
 
     given = {
         "data": data,
@@ -223,7 +232,7 @@ def heal(
             command=shlex.join(["bondsmith", *sys.argv[1:]]),
             progress=show,
             tell=_tell,
-            **(read_settings(recipe) | changes),
+            **((read_settings(recipe) if recipe else {}) | changes),
         )
     if os.environ.get("RANK", "0") == "0":
         out.print(str(done), highlight=False)
@@ -337,7 +346,9 @@ def make_plan(
     keep_dense: Annotated[list[str] | None, typer.Option(help="Matrices to leave alone. Repeatable.")] = None,
     no_gauge: Annotated[bool, typer.Option("--no-gauge", help="Store full cores.")] = False,
     no_channels: Annotated[bool, typer.Option("--no-channels", help="Do not drop hidden channels of MLPs.")] = False,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here override it.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file of settings, or a ready one by name; options given here override it.")
+    ] = None,
 ) -> None:
     """Choose bonds, channels and bits for every matrix of a profiled model: the least predicted loss within the budgets."""
     from bondsmith import planner

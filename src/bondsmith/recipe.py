@@ -291,15 +291,8 @@ class Recipe:
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> Recipe:
-        """Returns the recipe of a YAML file with `changes` laid over it."""
-        if not path.is_file():
-            raise RecipeError(f"{path}: no such recipe file")
-        try:
-            settings = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not YAML: {error}") from error
-        if not isinstance(settings, dict):
-            raise RecipeError(f"{path} must hold `key: value` lines")
+        """Returns the recipe of a YAML file, or of one that comes with the package (`int4`), with `changes` laid over it."""
+        settings = read_settings(path)
         if any(name in changes for name in BUDGETS):
             settings = {k: v for k, v in settings.items() if k not in BUDGETS}
         return cls.from_settings(settings | changes)
@@ -307,6 +300,27 @@ class Recipe:
     def changed(self, **changes: Any) -> Recipe:
         """Returns a copy with other values."""
         return replace(self, **changes)
+
+
+def ready_recipes() -> dict[str, Path]:
+    """Returns the recipes that come with the package: name -> file."""
+    installed, checkout = Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes"
+    return {file.stem: file for folder in (checkout, installed) for file in sorted(folder.glob("*.yaml"))}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings in a YAML file, or in the ready recipe of that name; RecipeError where there are none."""
+    ready = ready_recipes()
+    file = path if path.is_file() else ready.get(str(path), path)
+    if not file.is_file():
+        raise RecipeError(f"{path}: no such recipe file; the ready recipes are {', '.join(ready)}")
+    try:
+        settings = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} must hold `key: value` lines")
+    return settings
 
 
 def grid_of(bits: int, group: int, codebook: str = "uniform") -> Grid:

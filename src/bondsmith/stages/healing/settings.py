@@ -5,10 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from bondsmith.stages.training import cosine
 from bondsmith.tensor.rounding import BITS
@@ -163,18 +160,3 @@ class HealSettings:
         if "data" not in settings:
             raise HealError("data: give at least one SPEC, e.g. --data my-text.jsonl")
         return cls(**settings)
-
-
-def read_settings(recipe: Path | None) -> dict[str, Any]:
-    """Returns the settings that a YAML file names; none without a file."""
-    if recipe is None:
-        return {}
-    if not recipe.is_file():
-        raise HealError(f"{recipe}: no such recipe file")
-    try:
-        settings = yaml.safe_load(recipe.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise HealError(f"{recipe} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise HealError(f"{recipe} must hold `key: value` lines")
-    return settings
