@@ -1,0 +1,3 @@
+from bondsmith.cli import main
+
+main()

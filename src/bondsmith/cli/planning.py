@@ -1,0 +1,200 @@
+"""Commands that come before: profile, plan, frontier, estimate."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bondsmith.cli.options import (
+    BenchmarkData,
+    Bits,
+    Bytes,
+    Device,
+    Dtype,
+    Keep,
+    KeepDense,
+    Limit,
+    Loss,
+    Metric,
+    MultiplyAdds,
+    NoChannels,
+    NoGauge,
+    NoPropagate,
+    RecipeFile,
+    Resume,
+    Seed,
+)
+from bondsmith.cli.screen import app, given, out, progress_bars
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory or .gguf file.")],
+    directory: Annotated[Path, typer.Option("--out", help="Where the profile goes.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Measure: cut one matrix at a time, in some blocks, and score the model.")
+    ] = False,
+    blocks: Annotated[
+        str | None, typer.Option(help="With --layers: which blocks, 0,5,15,29 (four by default).")
+    ] = None,
+    keeps: Annotated[
+        str | None, typer.Option(help="With --layers: shares of the parameters kept (0.1,0.25,0.5,0.75,0.9).")
+    ] = None,
+    sites: Annotated[str | None, typer.Option(help="With --layers: matrix, interleaved:N, thin:S or legs.")] = None,
+    metric: Metric = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress. Repeatable.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768, 8192 with --layers).")] = None,
+    evaluation: Annotated[
+        list[str] | None, typer.Option(help="With --layers: text to score (held-out calibration text). Repeatable.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="With --layers: windows scored (4).")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window (512, 256 with --layers).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="With --layers: lm-eval tasks to score, comma separated.")] = None,
+    data: BenchmarkData = None,
+    limit: Limit = None,
+    device: Device = None,
+    seed: Seed = None,
+    probes: Annotated[
+        int | None, typer.Option(help="Windows on which probes correct the scale of the predictions (none).")
+    ] = None,
+    resume: Resume = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew.")] = False,
+) -> None:
+    """Show what each matrix of MODEL can bear: predicted for the whole model from one pass, or measured with --layers."""
+    from bondsmith import profiling
+
+    if not layers:
+        from bondsmith.planner import PAGE
+        from bondsmith.planner import profile as fast
+
+        wanted = {"metric": metric, "calibration": calibration, "evaluation": evaluation, "tokens": tokens}
+        wanted |= {"window": window, "device": device, "seed": seed, "probe_windows": probes}
+        with progress_bars() as show:
+            found = fast(
+                model,
+                directory,
+                resume=resume,
+                overwrite=overwrite,
+                progress=show,
+                **given(wanted),
+            )
+        out.print(found.profile.table())
+        out.print(f"page   {found.path / PAGE}", highlight=False, soft_wrap=True)
+        return
+    chosen = {
+        "blocks": _numbers("--blocks", blocks, int),
+        "keeps": _numbers("--keeps", keeps, float),
+        "sites": sites,
+        "metric": metric,
+        "calibration": calibration,
+        "tokens": tokens,
+        "evaluation": evaluation,
+        "windows": windows,
+        "window": window,
+        "tasks": tasks and tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        "data": str(data) if data else None,
+        "limit": limit,
+        "device": device,
+        "seed": seed,
+    }
+    settings = profiling.LayerSettings(**given(chosen))
+    with progress_bars() as show:
+        done = profiling.profile_layers(
+            model,
+            directory,
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            command=shlex.join(["bondsmith", *sys.argv[1:]]),
+            progress=show,
+        )
+    for table in done.tables():
+        out.print(table)
+    out.print(f"page   {directory / profiling.PAGE}", highlight=False, soft_wrap=True)
+
+
+@app.command("plan")
+def make_plan(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished profile.")],
+    to: Annotated[Path | None, typer.Option("--out", help="File for the plan (DIRECTORY/plan.json).")] = None,
+    keep: Keep = None,
+    bytes_: Bytes = None,
+    multiply_adds: MultiplyAdds = None,
+    loss: Loss = None,
+    bits: Bits = None,
+    keep_dense: KeepDense = None,
+    no_gauge: NoGauge = False,
+    no_channels: NoChannels = False,
+    recipe: RecipeFile = None,
+) -> None:
+    """Choose bonds, channels and bits for every matrix of a profiled model: the least predicted loss within the budgets."""
+    from bondsmith import planner
+    from bondsmith.recipe import Recipe
+
+    chosen: dict[str, Any] = {"keep": keep, "bytes": bytes_, "multiply_adds": multiply_adds, "loss": loss, "bits": bits}
+    chosen |= {
+        "keep_dense": keep_dense,
+        "gauge": False if no_gauge else None,
+        "channels": False if no_channels else None,
+    }
+    changes = given(chosen)
+    settings = Recipe.read(recipe, **changes).to_dict() if recipe else changes
+    to = to or directory / "plan.json"
+    out.print(planner.plan_table(planner.plan(directory, to, **settings)))
+    out.print(f"plan   {to}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def frontier(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished profile in the loss metric.")],
+    to: Annotated[Path | None, typer.Option("--out", help="Page to draw it on (frontier.html).")] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Compressed directory to draw beside, as measured. Repeatable.")
+    ] = None,
+) -> None:
+    """Show how small a profiled model can get for how much loss: cut, rounded, and both."""
+    from bondsmith import planner
+
+    page = to or directory / "frontier.html"
+    with progress_bars() as show:
+        found = planner.frontier(directory, page, measured={p.name: p for p in measured or ()}, progress=show)
+    out.print(found.table())
+    out.print(f"page   {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Hub id, .gguf file or directory; a config.json alone will do.")],
+    keep: Keep = None,
+    bytes_: Bytes = None,
+    dtype: Dtype = None,
+    sites: Annotated[str | None, typer.Option(help="As of compress.")] = None,
+    metric: Metric = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress; self needs the whole model.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768).")] = None,
+    keep_dense: KeepDense = None,
+    no_gauge: NoGauge = False,
+    no_propagate: NoPropagate = False,
+) -> None:
+    """Show what compressing MODEL would give and take, from its configuration alone: sizes, memory, disk and time."""
+    from bondsmith.model.facts import read_facts
+    from bondsmith.recipe import Recipe
+    from bondsmith.stages import estimate as stage
+
+    chosen: dict[str, Any] = {"keep": keep, "bytes": bytes_, "dtype": dtype, "sites": sites, "metric": metric}
+    chosen |= {"calibration": calibration, "tokens": tokens, "keep_dense": keep_dense}
+    chosen |= {"gauge": False if no_gauge else None, "propagate": False if no_propagate else None}
+    settings = Recipe.from_settings(given(chosen))
+    for table in stage.estimate(read_facts(model), settings, stage.measure_speed()).tables():
+        out.print(table)
+
+
+def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+    try:
+        return None if text is None else tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers like 1,5,9", param_hint=option) from error
