@@ -3,7 +3,8 @@
     python benchmarks/forward.py MODEL --keep 0.5 0.3 --calibration FILE ...
 
 times what `bondsmith compress MODEL --keep F` gives: a plan of cuts and channels, from few tokens. `--uniform` times the same cut for every
-matrix instead, from plain SVD. The limit is the ratio of all multiply-adds of the pass (block matrices, head, attention scores).
+matrix instead, from plain SVD. The limit is the ratio of all multiply-adds of the pass (block matrices, head, attention scores), a gauged
+cut counted at k (O + I - k). "done" counts what is done: with many tokens the full left factor, k (O + I), costs less than a gather.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.table import Table
 
 import bondsmith
 from bondsmith.model.source import load_whole, open_source
+from bondsmith.nn.linear import GATHER_UP_TO, MPOLinear
 from bondsmith.stages.speed import time_prefill
 
 
@@ -34,7 +36,18 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="+", default=["self"])
     parser.add_argument("--calibrate-on", type=int, default=4096, help="tokens that the plan comes from")
     options = parser.parse_args()
-    table = Table("keep", "multiply-adds", "limit", "speed", "of the limit", "original ms", "compressed ms")
+    headings = (
+        "keep",
+        "multiply-adds",
+        "limit",
+        "speed",
+        "of the limit",
+        "done",
+        "of its limit",
+        "original ms",
+        "compressed ms",
+    )
+    table = Table(*headings)
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(options.model, Path(folder) / "source")
         original = load_whole(source)
@@ -57,9 +70,12 @@ def main() -> None:
             pairs = [(time_prefill(original, ids), time_prefill(compressed, ids)) for _ in range(options.rounds)]
             speed = statistics.median(a / b for a, b in pairs)
             times = [statistics.median(column) * 1000 for column in zip(*pairs, strict=True)]
-            cells = f"{after / before:.3f}", f"{before / after:.2f}", f"{speed:.2f}", f"{speed * after / before:.2f}"
+            gauged = [m.bonds[0] for m in compressed.modules() if isinstance(m, MPOLinear) and m.gauge]
+            carried_out = after + (sum(k * k for k in gauged) if ids.numel() > GATHER_UP_TO else 0)
+            cells = (f"{after / before:.3f}", f"{before / after:.2f}", f"{speed:.2f}", f"{speed * after / before:.2f}")
+            cells += (f"{carried_out / before:.3f}", f"{speed * carried_out / before:.2f}")
             table.add_row(f"{keep:g}", *cells, *(f"{t:.0f}" for t in times))
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ LEVELS = {
     "model": 2,
     "stages": 3,
     "rundir": 3,
+    "limits": 4,
     "run": 4,
     "planner": 5,
     "healing": 5,

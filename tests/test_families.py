@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 import bondsmith
 from bondsmith.model.blocks import find_blocks, matrices
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.stages import plan as plans
+from bondsmith.stages.plan import Plan
+from bondsmith.stages.uniform import uniform_plan
 
 IDS = torch.arange(3, 35).view(2, 16)
 
@@ -60,10 +61,9 @@ def test_networks_with_full_bonds_change_nothing(
     """keep=1 leaves every matrix dense; here each becomes a network whose bonds cut nothing off."""
     model, path = family
     metric = "loss" if sites == "matrix" else "frobenius"
-    uniform = plans.uniform_plan
 
-    def full(*args: object) -> plans.Plan:
-        plan = uniform(*args)  # type: ignore[arg-type]
+    def full(*args: object) -> Plan:
+        plan = uniform_plan(*args)  # type: ignore[arg-type]
         matrices = tuple(
             m if m.sites is None else replace(m, bonds=m.sites.exact_bonds(), gauge=False) for m in plan.matrices
         )

@@ -17,12 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 from bondsmith.data import DataError, Windows, check_spec
+from bondsmith.limits import check_disk, check_memory, device_of
 from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json
 from bondsmith.model.hub import load
 from bondsmith.model.source import ModelError, Source, file_digest, load_whole
 from bondsmith.planner import adopt, shared_settings
 from bondsmith.recipe import Recipe
-from bondsmith.run import Progress, Run, check_disk, check_memory, device_of
+from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, RunError, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
 from bondsmith.stages.reduction import fused_copies

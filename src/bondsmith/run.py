@@ -6,7 +6,6 @@ Everything lies in a directory; each step finds what an earlier run left there.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,32 +15,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from bondsmith.data import SELF, Windows, read_windows, sample_windows, split_windows
+from bondsmith.limits import check_memory, device_of, free_memory
 from bondsmith.model.blocks import BlockRunner, matrices, shape, weight
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, open_source, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
 from bondsmith.stages import decompose, moments
-from bondsmith.stages.estimate import memory_needed
+from bondsmith.stages.estimate import GRADIENT_LEAST, GRADIENT_SHARE, memory_needed
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
-from bondsmith.stages.plan import MatrixPlan, Plan, PlanError, uniform_plan
+from bondsmith.stages.plan import MatrixPlan, Plan, PlanError
 from bondsmith.stages.planning import planned
 from bondsmith.stages.probe import measure_probes
 from bondsmith.stages.profile import Profile, TableProfile
 from bondsmith.stages.scaling import parts, probe_of, scaled
 from bondsmith.stages.streams import Stream
+from bondsmith.stages.uniform import uniform_plan
 from bondsmith.stages.wording import size
 
 Progress = Callable[[str, float], None]
-FISHER_LEAST = 4096  # tokens, where there are so many
-FISHER_SHARE = 6  # one calibration window in six also gives gradients: a backward pass costs four times a forward pass
 _BATCH_TOKENS = 2048
 
 
@@ -345,7 +343,7 @@ class Run:
     def gradient_ids(self, job: decompose.Job) -> torch.Tensor:
         """Returns the windows that give gradients."""
         windows, tokens = job.ids.shape
-        return job.ids[: max(windows // FISHER_SHARE, -(-FISHER_LEAST // tokens))].to(job.device)
+        return job.ids[: max(windows // GRADIENT_SHARE, -(-GRADIENT_LEAST // tokens))].to(job.device)
 
     def gradients(self, job: decompose.Job) -> None:
         """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it."""
@@ -407,43 +405,3 @@ def tokenizer_of(model: str | Path | PreTrainedModel, source: Source) -> Any:
     if isinstance(model, PreTrainedModel):
         return load_tokenizer(Path(str(model.name_or_path)))
     return load_tokenizer(source.path)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    if recipe.device != "auto":
-        return torch.device(recipe.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_disk(directory: Path, plan: Plan, runner: BlockRunner, recipe: Recipe, dtype: torch.dtype) -> None:
-    width = runner.model.get_input_embeddings().weight.shape[1]
-    boundaries = 4 + (len(runner) / FISHER_SHARE if recipe.metric == "loss" else 0)
-    outputs = sum(m.out_features**2 for m in plan.matrices) * 4 if recipe.metric == "loss" else 0
-    inputs = max(sum(m.in_features for m in plan.block(k)) for k in range(len(runner))) if recipe.needs_moments else 0
-    hidden = recipe.tokens * 4 * (width * boundaries + inputs) if recipe.needs_moments else 0
-    needed = int(plan.bytes(dtype.itemsize) + hidden + outputs)
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise RunError(
-            f"{directory}: about {needed / 1e6:.1f} MB are needed until the end (weights {plan.bytes(dtype.itemsize) / 1e6:.1f}, "
-            f"hidden states {hidden / 1e6:.1f}, gradients {outputs / 1e6:.1f}), {free / 1e6:.1f} MB are free: make room, "
-            "choose another --out or fewer --tokens"
-        )
-
-
-def free_memory(device: torch.device) -> float:
-    """Returns the free bytes of a device."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
-
-
-def check_memory(source: Source, copies: int, purpose: str, remedy: str) -> None:
-    files = {file for file, _ in source.places.values()}  # of a GGUF file: the rewritten copy
-    parameters = sum(file.stat().st_size for file in files) / source.dtype.itemsize
-    needed = copies * 4 * parameters
-    free = psutil.virtual_memory().available
-    if needed > 0.9 * free:
-        raise RunError(
-            f"{purpose} needs the whole model in memory ({needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free): {remedy}"
-        )

@@ -13,11 +13,10 @@ import torch
 from conftest import FAMILIES, save_tiny, tiny_config
 
 import bondsmith
-from bondsmith import cli, run
+from bondsmith import cli
 from bondsmith.model.facts import read_facts
 from bondsmith.model.source import ModelError
 from bondsmith.recipe import Recipe, RecipeError
-from bondsmith.stages import estimate as stage
 from bondsmith.stages.estimate import Speed, estimate, measure_speed, smallest_plan
 from bondsmith.stages.plan import PlanError
 
@@ -119,10 +118,6 @@ def test_budgets_out_of_reach_say_what_holds_them_up(large: Path, original: Path
     assert small.bits == 3
     assert small.bytes <= 0.1 * 4 * facts.parameters
     assert "→ 3 bits" in str(small)
-
-
-def test_gradients_take_the_tokens_that_a_run_gives_them() -> None:
-    assert (run.FISHER_LEAST, run.FISHER_SHARE) == (stage.GRADIENT_LEAST, stage.GRADIENT_SHARE)
 
 
 def test_models_that_are_none(tmp_path: Path) -> None:

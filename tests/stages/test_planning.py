@@ -13,9 +13,10 @@ import torch
 from bondsmith.model.blocks import HiddenBond
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages.fast_profile import Seen, conditional_variances, fast_profile, rounding_unit
-from bondsmith.stages.plan import Plan, PlanError, uniform_plan
+from bondsmith.stages.plan import Plan, PlanError
 from bondsmith.stages.planning import planned
 from bondsmith.stages.profile import MatrixProfile, Profile, TableProfile
+from bondsmith.stages.uniform import uniform_plan
 from bondsmith.tensor.fit import whitened_cut
 from bondsmith.tensor.metric import energy
 from bondsmith.tensor.rounding import Grid

@@ -21,12 +21,14 @@ from rich.text import Text
 from bondsmith.data import SELF
 from bondsmith.model.facts import Facts
 from bondsmith.recipe import UNROUNDED, Recipe, RecipeError, parse_bytes
-from bondsmith.stages.plan import MatrixPlan, Needs, Plan, PlanError, uniform_plan
+from bondsmith.stages.plan import MatrixPlan, Needs, Plan, PlanError
 from bondsmith.stages.profile import Profile
+from bondsmith.stages.uniform import uniform_plan
 from bondsmith.stages.wording import count, duration, number, size
 from bondsmith.tensor.sites import parse_sites
 
-GRADIENT_LEAST, GRADIENT_SHARE = 4096, 6  # of the calibration tokens, one in six gives gradients too
+# One calibration window in six also gives gradients, since a backward pass costs four times a forward pass; but so many tokens at least.
+GRADIENT_SHARE, GRADIENT_LEAST = 6, 4096
 _BATCH_TOKENS = 2048
 _PROCESS = 450e6  # bytes of Python, torch and transformers
 _FORWARD = 1.35  # a pass over its matrices' multiply-adds: attention, norms, activations (measured)
