@@ -20,8 +20,14 @@ from rich.table import Table
 
 import bondsmith
 from bondsmith.model.source import load_whole, open_source
-from bondsmith.nn.linear import GATHER_UP_TO, MPOLinear
+from bondsmith.nn.linear import GATHER_FROM, GATHER_UP_TO, MPOLinear
 from bondsmith.stages.speed import time_prefill
+
+
+def _not_saved(model: torch.nn.Module) -> int:
+    """Returns the multiply-adds a token of full left factors beyond those of gauged ones."""
+    cuts = [m for m in model.modules() if isinstance(m, MPOLinear) and m.gauge]
+    return sum(m.bonds[0] ** 2 for m in cuts if m.bonds[0] ** 2 <= GATHER_FROM * m.out_features)
 
 
 def main() -> None:
@@ -70,8 +76,7 @@ def main() -> None:
             pairs = [(time_prefill(original, ids), time_prefill(compressed, ids)) for _ in range(options.rounds)]
             speed = statistics.median(a / b for a, b in pairs)
             times = [statistics.median(column) * 1000 for column in zip(*pairs, strict=True)]
-            gauged = [m.bonds[0] for m in compressed.modules() if isinstance(m, MPOLinear) and m.gauge]
-            carried_out = after + (sum(k * k for k in gauged) if ids.numel() > GATHER_UP_TO else 0)
+            carried_out = after + (_not_saved(compressed) if ids.numel() > GATHER_UP_TO else 0)
             cells = (f"{after / before:.3f}", f"{before / after:.2f}", f"{speed:.2f}", f"{speed * after / before:.2f}")
             cells += (f"{carried_out / before:.3f}", f"{speed * carried_out / before:.2f}")
             table.add_row(f"{keep:g}", *cells, *(f"{t:.0f}" for t in times))

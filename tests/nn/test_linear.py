@@ -208,6 +208,27 @@ def test_costs_choose_the_way():
     assert contract * (threshold - 1) < sites.materialise_cost(bonds) + dense * (threshold - 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_bonds_gather_their_outputs_however_many_tokens(dtype):
+    layer, mpo = layer_of("matrix", True, out_features=96, in_features=120, bonds=80, dtype=dtype)
+    assert layer._gathers_on_cpu
+    assert not layer_of("matrix", True, out_features=96, in_features=120, bonds=60)[0]._gathers_on_cpu
+    x = torch.randn(3, 100, 120).to(dtype)
+    expected = nn.functional.linear(x.float(), mpo.to_matrix(), layer.bias.float())
+    tolerance = {"atol": 1e-3, "rtol": 1e-3} if dtype == torch.float32 else {"atol": 1.0, "rtol": 0.1}
+    with torch.no_grad():
+        in_place = layer(x)
+    assert in_place.shape == (3, 100, 96)
+    torch.testing.assert_close(in_place.float(), expected, **tolerance)
+    torch.testing.assert_close(layer(x).float(), expected, **tolerance)
+    layer._gathers_on_cpu = False
+    torch.testing.assert_close(layer(x).float(), expected, **tolerance)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer._gathers_on_cpu = True
+        assert layer(x).dtype == torch.bfloat16
+        assert layer(torch.randn(0, 120).to(dtype)).shape == (0, 96)
+
+
 def test_description_and_errors():
     layer, _ = layer_of("matrix", True)
     assert "48x36 as (48,1)(1,36), bonds (7,), gauge, bias=True" in repr(layer)

@@ -27,8 +27,9 @@ from bondsmith.tensor.gauge import left_factor, pivot
 from bondsmith.tensor.mpo import MPO, fold
 from bondsmith.tensor.sites import Sites
 
-# Above this many tokens, gathering the outputs costs more than the k^2 multiply-adds per token that it saves.
+# Gathering the outputs saves k^2 multiply-adds a token. It pays up to so many tokens, and on a CPU where k^2 is more than so many outputs.
 GATHER_UP_TO = 256
+GATHER_FROM = 50
 _NEVER = 2**62
 
 
@@ -65,6 +66,7 @@ class MPOLinear(nn.Module):
         self._from_right = sites.sweeps_from_right(self.bonds)
         self._is_cut = sites.is_matrix_cut
         self._gather_below = (GATHER_UP_TO * self.in_features + 1) if self.gauge else 0
+        self._gathers_on_cpu = self.gauge and self._is_cut and self.bonds[0] ** 2 > GATHER_FROM * self.out_features
         self._materialise_from = _materialise_from(sites, self.bonds) * self.in_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cores = nn.ModuleList(_empty_core(*shape, **factory) for shape in self._weight_shapes())
@@ -163,14 +165,28 @@ class MPOLinear(nn.Module):
         first, last = self.cores  # unpacking is 5 us faster than indexing twice, which counts when decoding
         pivots, bias = self.pivots, self.bias
         y: Tensor
-        z = last(x)
         if pivots is None:
-            y = first(z)
-        elif x.numel() < self._gather_below or not _is_plain(first):
+            y = first(last(x))
+        elif x.numel() < self._gather_below:
+            z = last(x)
             y = reorder(torch.cat((z, first(z)), -1), pivots)
+        elif not _is_plain(first) or (self._gathers_on_cpu and x.device.type == "cpu"):
+            y = self._gathered(x, first, last, pivots)
         else:
-            y = F.linear(z, left_factor(_stored(first), pivots))
+            y = F.linear(last(x), left_factor(_stored(first), pivots))
         return y if bias is None else y + bias.to(y.dtype)  # under autocast as nn.Linear
+
+    def _gathered(self, x: Tensor, first: nn.Module, last: nn.Module, pivots: Tensor) -> Tensor:
+        """All outputs, pivots first, then put in order; for many tokens both parts are written where they belong at once."""
+        in_place = _is_plain(first) and _is_plain(last) and x.dtype == _stored(first).dtype
+        if torch.is_grad_enabled() or not in_place or torch.is_autocast_enabled(x.device.type):
+            z = last(x)
+            return reorder(torch.cat((z, first(z)), -1), pivots)
+        k, rows = self.bonds[0], x.reshape(-1, self.in_features)
+        y = x.new_empty(len(rows), self.out_features)
+        torch.mm(rows, _stored(last).T, out=y[:, :k])
+        torch.mm(y[:, :k], _stored(first).T, out=y[:, k:])
+        return y.index_select(-1, pivots).reshape(*x.shape[:-1], self.out_features)
 
     def _forward_network(self, x: Tensor) -> Tensor:
         if x.numel() >= self._materialise_from and all(_is_readable(core) for core in self.cores):
