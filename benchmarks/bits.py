@@ -340,7 +340,8 @@ def plain(
             continue
         start = time.perf_counter()
         other, size = rounded_model(model, moments, method)
-        row = {"bits": f"{bits}, group {group}", "method": name, "bytes": size, "seconds": time.perf_counter() - start}
+        width = "8, per row" if bits == 8 else f"{bits}, group {group}"
+        row = {"bits": width, "method": name, "bytes": size, "seconds": time.perf_counter() - start}
         keep(rows, options, row | {"texts": judge(other)})
 
 
