@@ -119,7 +119,7 @@ class _Compression(Run):
             calibration, held_out = self.windows(source, tokenizer, evaluate)
         self.started = True
         job = self.job(source, runner, first, calibration, dtype)
-        self.gradients(job)
+        self.gradients(job, hybrids=self.recipe.planned and self.recipe.rounds)
         job = replace(job, plan=self.plan(opened, job, first))
         log.info("plan: %s", job.plan)
         with self.stage("decompose"):

@@ -91,7 +91,7 @@ def profile(
         with run.stage("calibration text"):
             calibration, _ = run.windows(opened.source, opened.tokenizer, evaluate=True)
         job = run.job(opened.source, opened.runner, Plan((), 0), calibration, opened.dtype)
-        run.gradients(job)
+        run.gradients(job, hybrids=True)
         with run.stage("profile"):
             found = run.profile(opened, job)
     found.save(out)

@@ -347,7 +347,15 @@ class _Run:
             moments.block_inputs(self.runner, self._load, ids, streams, batch, advance)
             if loss:
                 moments.output_moments(
-                    self.runner, self._load, ids, streams, folder, batch=batch, seed=self.settings.seed, advance=advance
+                    self.runner,
+                    self._load,
+                    ids,
+                    streams,
+                    folder,
+                    batch=batch,
+                    seed=self.settings.seed,
+                    hybrids=False,
+                    advance=advance,
                 )
                 self.C = partial(moments.load_input_moments, folder)
                 self.B = partial(moments.load_output_moments, folder)

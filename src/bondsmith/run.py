@@ -345,8 +345,12 @@ class Run:
         windows, tokens = job.ids.shape
         return job.ids[: max(windows // GRADIENT_SHARE, -(-GRADIENT_LEAST // tokens))].to(job.device)
 
-    def gradients(self, job: decompose.Job) -> None:
-        """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it."""
+    def gradients(self, job: decompose.Job, hybrids: bool) -> None:
+        """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it.
+
+        Args:
+            hybrids: a plan may want to know what a network beside a rounded matrix is worth.
+        """
         plans = self.recipe.planned or job.plan.drops_channels
         back = self.recipe.metric == "loss"
         wanted = back or (plans and self.recipe.needs_moments)
@@ -369,7 +373,11 @@ class Run:
                 return job.load(k)
 
             moments.block_inputs(job.runner, load, ids, streams, job.batch, advance)
-            make = partial(moments.output_moments, seed=self.recipe.seed) if back else moments.input_moments
+            make = (
+                partial(moments.output_moments, seed=self.recipe.seed, hybrids=hybrids)
+                if back
+                else moments.input_moments
+            )
             make(job.runner, load, ids, streams, folder, batch=job.batch, advance=advance)
         write_json(job.work / "fisher.done", True)
         for stream in streams:

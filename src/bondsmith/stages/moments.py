@@ -162,6 +162,7 @@ def output_moments(
     *,
     batch: int,
     seed: int,
+    hybrids: bool,
     advance: Callable[[], None],
 ) -> None:
     """Writes `folder/block-K.safetensors` with `B` and `C` of every matrix of block K, last block first.
@@ -173,6 +174,7 @@ def output_moments(
         load: brings the weights of a block into the runner and returns it.
         ids: token windows, (windows, tokens).
         streams: hidden states at every block boundary, one more than there are blocks, complete.
+        hybrids: learn too what a network beside a rounded matrix is worth.
     """
     folder.mkdir(parents=True, exist_ok=True)
     gradients = [Stream(folder / f"gradient-{k}", s.shape) for k, s in enumerate(streams)]
@@ -180,7 +182,7 @@ def output_moments(
         gradients[-1].write(_head_gradients(runner, ids, streams[-1], folder, seed))
     for k in reversed(range(len(runner))):
         if not (folder / f"block-{k}.safetensors").is_file():
-            _block_moments(runner, load(k), k, ids, streams, gradients, folder, batch)
+            _block_moments(runner, load(k), k, ids, streams, gradients, folder, batch, hybrids)
         gradients[k + 1].remove()
         advance()
     if gradients[0].complete:
@@ -371,6 +373,7 @@ def _block_moments(
     gradients: list[Stream],
     folder: Path,
     batch: int,
+    hybrids: bool,
 ) -> None:
     seen = _BlockSeen.of(runner, block, k, ids, streams[k])
     table = matrices(block)
@@ -380,7 +383,7 @@ def _block_moments(
     def back() -> Iterator[Tensor]:
         batches = range(0, len(ids), batch)
         for first in batches:
-            if first and first == batches[len(batches) // 2]:
+            if hybrids and first and first == batches[len(batches) // 2]:
                 for moment in B.values():
                     moment.split()
             leaf, out = seen.run(first, streams[k].read(first, batch))

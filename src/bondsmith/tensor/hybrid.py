@@ -20,7 +20,6 @@ from bondsmith.tensor.metric import DAMPING, relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.rounded import RoundedNetwork, round_network
 from bondsmith.tensor.rounding import Grid, Rounded
-from bondsmith.tensor.svd import leading_eigenvectors
 
 ROUNDS = 2
 LARGEST_BOND = 64  # of a network beside a rounded matrix that a profile looks at
@@ -124,18 +123,16 @@ class UnseenShares:
 
     >>> shares = UnseenShares(torch.diag(torch.tensor([3.0, 1.0])), torch.ones(2))
     >>> shares.see(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-    >>> shares.left()
+    >>> shares.left().round(decimals=3)
     tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
 
     def __init__(self, output_moment: Tensor, step_sizes: Tensor):
-        steps = step_sizes.to(torch.float64)
-        chooses = steps[:, None] * output_moment.to(torch.float64) * steps
-        directions = leading_eigenvectors(chooses, min(LARGEST_BOND, len(chooses)))
         self._steps = step_sizes.to(output_moment.dtype)
-        self._directions = directions.to(output_moment.dtype)
-        self._taken = directions.new_zeros(directions.shape[1])
-        self._whole = directions.new_zeros(())
+        chooses = self._steps[:, None] * output_moment * self._steps
+        self._directions = _leading(chooses, min(LARGEST_BOND, len(chooses)))
+        self._taken = torch.zeros(self._directions.shape[1], dtype=torch.float64, device=chooses.device)
+        self._whole = self._taken.new_zeros(())
 
     def see(self, rows_TO: Tensor) -> None:
         """Adds rows `g`."""
@@ -148,3 +145,12 @@ class UnseenShares:
         tiny = torch.finfo(torch.float64).tiny
         taken = torch.cat((self._taken.new_zeros(1), self._taken.cumsum(0) / self._whole.clamp_min(tiny)))
         return (1 - taken).clamp(0, 1)
+
+
+def _leading(gram: Tensor, rank: int, steps: int = 3) -> Tensor:
+    """About the `(O, r)` leading eigenvectors, descending, in a few subspace iterations in the dtype of `gram`: other rows judge them."""
+    width = min(len(gram), rank + 8)
+    Q = torch.randn(len(gram), width, generator=torch.Generator().manual_seed(0)).to(gram)
+    for _ in range(steps):
+        Q = torch.linalg.qr(gram @ Q)[0]
+    return Q @ torch.linalg.eigh(Q.T @ gram @ Q)[1].flip(1)[:, :rank]
