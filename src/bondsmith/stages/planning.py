@@ -26,6 +26,7 @@ from bondsmith.tensor.sites import ROUND_TO, Sites
 _RESIDUE = {8: (1.0, 6.0), 4: (0.55, 4.0), 3: (0.52, 2.0), 2: (0.36, 1.0)}
 _CORES = 0.02  # of what a network beside a rounded matrix takes out, its own four-bit cores leave that much
 HYBRID_BITS = (0.06, 0.12, 0.25, 0.5)  # a weight that such a network may have
+HYBRID_BASE = 3  # bits of the matrix, at most: at four a network gains little, and costs speed
 LEVELS = 64  # bonds tried per matrix, at most
 ROUNDED_LEVELS = 12  # of them with rounded cores
 
@@ -34,7 +35,7 @@ def candidates(matrix: MatrixPlan, recipe: Recipe, largest_beside: int = 0) -> l
     """Returns what may become of a matrix, within the bounds that the recipe sets for it; the largest first.
 
     Bonds are multiples of 8 on a grid of at most 64; a rounded candidate exists for each of the recipe's bits, and hybrids of up to
-    four bits with a network of bond `largest_beside` at most.
+    three bits with a network of bond `largest_beside` at most.
     """
     if recipe.spares(matrix.name):
         return [matrix]
@@ -60,7 +61,7 @@ def _hybrids(matrix: MatrixPlan, recipe: Recipe, largest: int) -> list[MatrixPla
     return [
         replace(matrix, sites=cut, bonds=(bond,), gauge=False, grid=cores, base=grid)
         for grid in recipe.grids
-        if grid is not None and grid.bits <= cores.bits
+        if grid is not None and grid.bits <= HYBRID_BASE
         for bond in sorted(bonds)
         if 0 < bond <= largest
     ]
