@@ -111,7 +111,7 @@ class Run:
                 f"{numbers}: free some, take a smaller --window, or --metric input, which needs no gradients"
             )
         self.recipe = self.recipe.changed(metric="input")
-        lost = "plans then rank matrices by their relative errors, not by nats, and lose about twice as much at the same size"
+        lost = "plans then rank matrices by their relative errors, not by nats, and predict no loss"
         log.warning("%s: going on with the input metric; %s", numbers, lost)
         warnings.warn(f"{numbers}: going on with the input metric; {lost}", stacklevel=2)
 

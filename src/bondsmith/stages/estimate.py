@@ -32,7 +32,7 @@ GRADIENT_SHARE, GRADIENT_LEAST = 6, 4096
 _BATCH_TOKENS = 2048
 _PROCESS = 450e6  # bytes of Python, torch and transformers
 _FORWARD = 1.35  # a pass over its matrices' multiply-adds: attention, norms, activations (measured)
-_ROUNDING = 12  # passes of rows x columns^2 multiply-adds that error compensation and fitted scales take (measured)
+_ROUNDING = 12  # passes of rows x columns^2 multiply-adds that error compensation and fitted scales take, about
 _BACKWARD = 2.4  # a backward pass with second moments, over a forward pass
 
 
