@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 512
+IDS = torch.arange(3, 35).view(2, 16)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
@@ -95,6 +96,19 @@ def write_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
     lines = [" ".join(f"w{n}" for n in numbers[i : i + 100]) for i in range(0, words, 100)]
     path.write_text("\n\n".join(lines))
     return path
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Returns what a model says to `IDS`."""
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """A tiny model of every family, and where it lies."""
+    path = tmp_path_factory.mktemp(request.param) / "model"
+    return save_tiny(path, request.param), path
 
 
 @pytest.fixture(autouse=True, scope="session")

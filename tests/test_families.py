@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, save_tiny
+from conftest import IDS, logits, save_tiny
 from transformers import PreTrainedModel
 
 import bondsmith
@@ -15,19 +15,6 @@ from bondsmith.model.blocks import find_blocks, matrices
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.stages.plan import Plan
 from bondsmith.stages.uniform import uniform_plan
-
-IDS = torch.arange(3, 35).view(2, 16)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
-    path = tmp_path_factory.mktemp(request.param) / "model"
-    return save_tiny(path, request.param), path
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def compress(path: Path, text: Path, out: Path, **settings: object) -> bondsmith.Compressed:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, save_tiny, write_text
+from conftest import IDS, logits, save_tiny, write_text
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bondsmith
@@ -16,23 +16,10 @@ from bondsmith.model.blocks import BlockRunner, find_hidden_bonds, trace_groups
 from bondsmith.model.source import ModelError
 from bondsmith.stages.plan import Plan
 
-IDS = torch.arange(5, 37).view(2, 16)
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt", 4000)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
-    path = tmp_path_factory.mktemp(request.param) / "model"
-    return save_tiny(path, request.param), path
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def compress(path: Path, text: Path, out: Path, **settings: object) -> bondsmith.Compressed:

@@ -44,7 +44,6 @@ from bondsmith.stages.profile_layers import (
     Variants,
     cut,
     default_blocks,
-    input_moments,
     plan_points,
 )
 from bondsmith.stages.profile_page import layer_sections, write_page
@@ -338,29 +337,20 @@ class _Run:
         loss, count = self.settings.metric == "loss", len(self.runner)
         last = count if loss else max(blocks)
         streams = [Stream(folder / f"hidden-{k}", (*ids.shape, width)) for k in range(last + 1)]
-        steps = iter(range(1, last + 2 + count))
+        total = len(streams) + (count if loss else len(streams))
+        steps = iter(range(1, total + 1))
         with self.stage("moments"):
 
             def advance() -> None:
-                self.progress("moments", next(steps) / (last + 1 + (count if loss else 0)))
+                self.progress("moments", next(steps) / total)
 
             moments.block_inputs(self.runner, self._load, ids, streams, batch, advance)
+            make = moments.input_moments
             if loss:
-                moments.output_moments(
-                    self.runner,
-                    self._load,
-                    ids,
-                    streams,
-                    folder,
-                    batch=batch,
-                    seed=self.settings.seed,
-                    hybrids=False,
-                    advance=advance,
-                )
-                self.C = partial(moments.load_input_moments, folder)
+                make = partial(moments.output_moments, seed=self.settings.seed, hybrids=False)
                 self.B = partial(moments.load_output_moments, folder)
-            else:
-                self.C = lambda k: input_moments(self.runner, k, ids, streams[k], batch)
+            make(self.runner, self._load, ids, streams, folder, batch=batch, advance=advance)
+            self.C = partial(moments.load_input_moments, folder)
 
     def _block(self, k: int, points: list[tuple[float, MatrixPlan]]) -> Iterator[list[LayerPoint]]:
         """Yields the points of block k: matrix by matrix where the model is in memory, else all at once, to load blocks once only."""

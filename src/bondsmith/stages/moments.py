@@ -246,10 +246,10 @@ def load_shares_left(folder: Path, block: int) -> dict[str, Tensor]:
 
 
 def load_input_moments(folder: Path, block: int) -> dict[str, Tensor]:
-    """Returns `C` by matrix name inside the block, over the windows that gave the gradients; matrices with one input share it."""
+    """Returns `C` by matrix name inside the block; matrices with one input share it, those that no token reached have none."""
     found = _load(folder, block, "input.")
     groups: dict[str, str] = json.loads((folder / f"structure-{block}.json").read_text())["inputs"]
-    return {name: found[first] for name, first in groups.items()}
+    return {name: found[first] for name, first in groups.items() if first in found}
 
 
 def load_hidden_bonds(folder: Path, block: int) -> list[HiddenBond]:
@@ -310,9 +310,9 @@ def input_moments(
     batch: int,
     advance: Callable[[], None],
 ) -> None:
-    """Writes what `output_moments` does without `B`: no pass back is made."""
+    """Writes what `output_moments` does without `B`, for the blocks that `streams` enter: no pass back is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    for k in range(len(runner)):
+    for k in range(min(len(runner), len(streams))):
         if not (folder / f"block-{k}.safetensors").is_file():
             with torch.no_grad():
                 seen = _BlockSeen.of(runner, load(k), k, ids, streams[k])

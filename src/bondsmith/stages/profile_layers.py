@@ -18,13 +18,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bondsmith.model.blocks import BlockRunner, capture_inputs, matrices, replaced_weight, shape, trace_groups, weight
+from bondsmith.model.blocks import BlockRunner, matrices, replaced_weight, shape, weight
 from bondsmith.model.checkpoint import write_json
 from bondsmith.stages.fitting import fit_network
-from bondsmith.stages.moments import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan, PlanError
 from bondsmith.stages.probe import ProbeResult
-from bondsmith.stages.streams import Stream
 from bondsmith.stages.wording import measured, number
 from bondsmith.tensor.fit import relative_error
 from bondsmith.tensor.mpo import MPO
@@ -238,20 +236,6 @@ def _network(name: str, block: int, rows: int, columns: int, keep: float, sites:
 
 
 @torch.no_grad()
-def input_moments(runner: BlockRunner, k: int, ids: Tensor, entering: Stream, batch: int) -> dict[str, Tensor]:
-    """Returns `C` by matrix name inside block k, whose weights are in memory, over all windows; none for matrices that no token reached."""
-    block = runner.blocks[k]
-    groups = trace_groups(block, lambda: runner.block(k, ids[:1], entering.read(0, 1).to(ids.device)))
-    moments = [Moment(g.in_features, ids.device) for g in groups]
-    for first in range(0, len(ids), batch):
-        rows = entering.read(first, batch).to(ids.device)
-        with capture_inputs(block, groups) as seen:
-            out = runner.block(k, ids[first : first + batch], rows)
-        for position, inputs in seen.items():
-            moments[position].add(inputs, stream_weights(groups[position], rows, out))
-    return {name: m.mean(name) for g, m in zip(groups, moments, strict=True) if m.seen for name in g.names}
-
-
 def cut(matrix: nn.Module, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> tuple[MPO, float]:
     """Returns the network of `plan` for `matrix`, and its relative error in the metric."""
     W = weight(matrix)
