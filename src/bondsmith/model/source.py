@@ -7,9 +7,11 @@ loading) are first rewritten once, by transformers itself, into safetensors file
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bondsmith.model import digest, quantized
 
+_C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
+_M_MMAP_THRESHOLD = -3
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD_BYTES = 2 * 1024**3
 
@@ -57,6 +61,7 @@ class Source:
 
     def read(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """Returns the named parameters as fresh tensors of `dtype` (integers keep theirs); refuses NaN, infinities, wrong checksums."""
+        return_free_memory()
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             file, key = self.places[name]
@@ -106,6 +111,17 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.d
         else:
             old = getattr(owner, leaf, None)
             setattr(owner, leaf, tensor.to(device, tensor.dtype if old is None else old.dtype))
+
+
+def return_free_memory() -> None:
+    """Gives the holes between blocks of weights that glibc's allocator holds back to the system, and keeps weights out of them.
+
+    Without it the memory of a process grows with every block, though no tensor lives on: what is freed below a threshold that glibc
+    raises to 32 MB leaves a hole. A fixed one of 16 MB costs nothing measurable; one of 1 MB costs a forward pass a quarter of its speed.
+    """
+    if hasattr(_C_LIBRARY, "malloc_trim"):
+        _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
+        _C_LIBRARY.malloc_trim(0)
 
 
 def empty(module: nn.Module) -> None:
