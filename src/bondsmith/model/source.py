@@ -114,10 +114,11 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.d
 
 
 def return_free_memory() -> None:
-    """Gives the holes between blocks of weights that glibc's allocator holds back to the system, and keeps weights out of them.
+    """Gives the holes between tensors that glibc's allocator holds back to the system, and keeps large ones out of them.
 
-    Without it the memory of a process grows with every block, though no tensor lives on: what is freed below a threshold that glibc
-    raises to 32 MB leaves a hole. A fixed one of 16 MB costs nothing measurable; one of 1 MB costs a forward pass a quarter of its speed.
+    Called before every block is read and every matrix is fitted. Without it the memory of a process grows with every block, though no
+    tensor lives on: what is freed below a threshold that glibc raises to 32 MB leaves a hole. A fixed one of 16 MB costs nothing
+    measurable; one of 1 MB costs a forward pass a quarter of its speed.
     """
     if hasattr(_C_LIBRARY, "malloc_trim"):
         _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bondsmith.model.blocks import HiddenBond
+from bondsmith.model.source import return_free_memory
 from bondsmith.recipe import GROUPS
 from bondsmith.stages.moments import TableMoments
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Reduced, TableProfile
@@ -83,6 +84,7 @@ class _Profiler:
 
     def curves(self, name: str, W: Tensor, C: Tensor | None, B: Tensor | None) -> MatrixProfile:
         """Returns the curves of a matrix that sees these moments."""
+        return_free_memory()
         variances = None
         try:
             if C is None:
