@@ -12,7 +12,6 @@ from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.source import Source
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import RunError
-from bondsmith.stages.estimate import GRADIENT_SHARE
 from bondsmith.stages.plan import Plan
 
 
@@ -24,7 +23,7 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def check_disk(directory: Path, plan: Plan, runner: BlockRunner, recipe: Recipe, dtype: torch.dtype) -> None:
     width = runner.model.get_input_embeddings().weight.shape[1]
-    boundaries = 4 + (len(runner) / GRADIENT_SHARE if recipe.metric == "loss" else 0)
+    boundaries = 4 + (len(runner) * recipe.gradient_share if recipe.metric == "loss" else 0)
     outputs = sum(m.out_features**2 for m in plan.matrices) * 4 if recipe.metric == "loss" else 0
     inputs = max(sum(m.in_features for m in plan.block(k)) for k in range(len(runner))) if recipe.needs_moments else 0
     hidden = recipe.tokens * 4 * (width * boundaries + inputs) if recipe.needs_moments else 0

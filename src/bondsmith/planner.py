@@ -37,6 +37,7 @@ SHARED = (
     "calibration",
     "tokens",
     "window",
+    "gradient_share",
     "damping",
     "seed",
     "evaluation",

@@ -33,7 +33,7 @@ from bondsmith.model.source import (
 )
 from bondsmith.recipe import METRICS, RecipeError
 from bondsmith.rundir import RunError
-from bondsmith.stages import describe, moments
+from bondsmith.stages import describe, moment_files, moments
 from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.probe import Probe, measure_probes
 from bondsmith.stages.profile_layers import (
@@ -348,9 +348,9 @@ class _Run:
             make = moments.input_moments
             if loss:
                 make = partial(moments.output_moments, seed=self.settings.seed, hybrids=False)
-                self.B = partial(moments.load_output_moments, folder)
+                self.B = partial(moment_files.load_output_moments, folder)
             make(self.runner, self._load, ids, streams, folder, batch=batch, advance=advance)
-            self.C = partial(moments.load_input_moments, folder)
+            self.C = partial(moment_files.load_input_moments, folder)
 
     def _block(self, k: int, points: list[tuple[float, MatrixPlan]]) -> Iterator[list[LayerPoint]]:
         """Yields the points of block k: matrix by matrix where the model is in memory, else all at once, to load blocks once only."""

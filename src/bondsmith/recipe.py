@@ -51,10 +51,12 @@ class Recipe:
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
         propagate: fit each matrix to the inputs that the already compressed layers before it produce.
         propagation_strength: share of the propagation correction that is applied, in [0, 1].
+        stream_strength: share of the error of the residual stream that a matrix which writes into it makes up for, in [0, 1].
         gauge: store one identity block fewer per bond (same operator, fewer numbers).
         calibration: SPECs of calibration text, see `bondsmith.data`.
         tokens: calibration tokens in all.
         window: tokens per window.
+        gradient_share: share of the windows that a pass back gives gradients for, in (0, 1]: fewer cost less time and accuracy.
         evaluation: SPECs of evaluation text; a held-out part of the calibration text is used always.
         evaluation_windows: windows per evaluation text.
         damping: share of the mean eigenvalue added to every second moment.
@@ -85,10 +87,12 @@ class Recipe:
     sites: str = "auto"
     propagate: bool = True
     propagation_strength: float = 0.5
+    stream_strength: float = 0.5
     gauge: bool = True
     calibration: tuple[str, ...] = ("self",)
     tokens: int = 32768
     window: int = 512
+    gradient_share: float = 1.0
     evaluation: tuple[str, ...] = ()
     evaluation_windows: int = 8
     damping: float = 1e-3
@@ -132,6 +136,8 @@ class Recipe:
             "multiply_adds",
             "loss",
             "propagation_strength",
+            "stream_strength",
+            "gradient_share",
             "damping",
             "blockwise_rate",
             "blockwise_view",
@@ -162,8 +168,11 @@ class Recipe:
             raise RecipeError(f"tokens: {self.tokens} do not fill one window of {self.window} tokens")
         if self.evaluation_windows < 1:
             raise RecipeError(f"evaluation_windows: {self.evaluation_windows} is less than 1")
-        if not 0 <= self.propagation_strength <= 1:
-            raise RecipeError(f"propagation_strength: {self.propagation_strength} is not in [0, 1]")
+        for name in ("propagation_strength", "stream_strength"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{name}: {getattr(self, name)} is not in [0, 1]")
+        if not 0 < self.gradient_share <= 1:
+            raise RecipeError(f"gradient_share: {self.gradient_share} is not in (0, 1]")
         if not 0 < self.damping < 1:
             raise RecipeError(f"damping: {self.damping} is not in (0, 1)")
         self._check_blockwise()

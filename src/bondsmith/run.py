@@ -27,8 +27,8 @@ from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, open_source, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
-from bondsmith.stages import decompose, moments
-from bondsmith.stages.estimate import GRADIENT_LEAST, GRADIENT_SHARE, memory_needed
+from bondsmith.stages import decompose, moment_files, moments
+from bondsmith.stages.estimate import gradient_windows, memory_needed
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
 from bondsmith.stages.plan import MatrixPlan, Plan, PlanError
 from bondsmith.stages.planning import planned
@@ -160,11 +160,11 @@ class Run:
             if metric == "frobenius":
                 return Seen({}, {})
             prefix, folder = f"{path}.{k}.", self.gradients_folder
-            C = _named(moments.load_input_moments(folder, k), prefix)
-            bonds = [b.inside(prefix) for b in moments.load_hidden_bonds(folder, k)]
+            C = _named(moment_files.load_input_moments(folder, k), prefix)
+            bonds = [b.inside(prefix) for b in moment_files.load_hidden_bonds(folder, k)]
             if metric != "loss":
                 return Seen(C, {}, bonds)
-            B, left = moments.load_output_moments(folder, k), moments.load_shares_left(folder, k)
+            B, left = moment_files.load_output_moments(folder, k), moment_files.load_shares_left(folder, k)
             return Seen(C, _named(B, prefix), bonds, _named(left, prefix))
 
         curves, bonds = fast_profile(
@@ -193,8 +193,8 @@ class Run:
             block = opened.shapes[name][0]
             inside = name.removeprefix(f"{opened.runner.path}.{block}.")
             folder = self.gradients_folder
-            C, B = moments.load_input_moments(folder, block)[inside], moments.load_output_moments(folder, block)[inside]
-            return C, B
+            C, B = moment_files.load_input_moments(folder, block), moment_files.load_output_moments(folder, block)
+            return C[inside], B[inside]
 
         with self.stage("probes"):
             found = parts(profile)
@@ -221,7 +221,7 @@ class Run:
         """Returns embedding and head with the predicted loss of rounding them."""
         seen = None
         if self.recipe.metric == "loss":
-            seen = moments.load_table_moments(self.gradients_folder, self.gradient_ids(job))
+            seen = moment_files.load_table_moments(self.gradients_folder, self.gradient_ids(job))
         tied = len(opened.tables) == 1
         found = []
         for i, table in enumerate(opened.tables):
@@ -342,8 +342,7 @@ class Run:
 
     def gradient_ids(self, job: decompose.Job) -> torch.Tensor:
         """Returns the windows that give gradients."""
-        windows, tokens = job.ids.shape
-        return job.ids[: max(windows // GRADIENT_SHARE, -(-GRADIENT_LEAST // tokens))].to(job.device)
+        return job.ids[: gradient_windows(self.recipe, *job.ids.shape)].to(job.device)
 
     def gradients(self, job: decompose.Job, hybrids: bool) -> None:
         """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it.

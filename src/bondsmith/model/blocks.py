@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -353,6 +353,37 @@ def _channels_are_apart(block: nn.Module, bond: HiddenBond, group: Group, run: C
 
 class _ReachedError(Exception):
     """The matrix whose input was wanted has been called."""
+
+
+@torch.no_grad()
+def added_to_stream(block: nn.Module, groups: list[Group], entering: Tensor, run: Callable[[], Tensor]) -> set[str]:
+    """Returns the matrices whose output is added, as it is, to the hidden states that enter a block; of Gemma's none is.
+
+    Tested by running the block: with all others of them silent, what leaves it is what entered and what the matrix gave.
+    """
+    writers = [g.names[0] for g in groups if g.writes and g.every_token]
+    found = set()
+    for name in writers:
+        given: list[Tensor] = []
+
+        def silence(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return torch.zeros_like(out)
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, given: list[Tensor] = given) -> None:
+            given.append(out)
+
+        with ExitStack() as stack:
+            for other in writers:
+                hook = keep if other == name else silence
+                stack.callback(block.get_submodule(other).register_forward_hook(hook).remove)
+            leaving = run()
+        if (
+            given
+            and (leaving - entering - given[0].view_as(leaving)).norm()
+            <= 1e-3 * given[0].norm() + 1e-6 * entering.norm()
+        ):
+            found.add(name)
+    return found
 
 
 @contextmanager

@@ -21,18 +21,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bondsmith.model.blocks import BlockRunner, Group, capture_inputs, shape, trace_groups, weight
+from bondsmith.model.blocks import BlockRunner, Group, added_to_stream, capture_inputs, shape, trace_groups, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
 from bondsmith.nn.packed import saved_state
 from bondsmith.recipe import Recipe
 from bondsmith.stages import blockwise
 from bondsmith.stages.fitting import Difference, fit_matrix, plain_form
-from bondsmith.stages.moments import Moment, load_output_moments, stream_weights
+from bondsmith.stages.moment_files import load_output_moments, load_token_weights
+from bondsmith.stages.moments import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.stages.reduction import drop_channels
 from bondsmith.stages.rounding import rounded_embedding, rounded_tables
 from bondsmith.stages.streams import Stream
+from bondsmith.tensor.fit import output_difference
 
 
 @dataclass(frozen=True)
@@ -216,15 +218,17 @@ def _fit_from_original(
     x, after = _stream(job, "original", k), _stream(job, "original", k + 1)
     groups = _groups(job, k, original, x, planned)
     moments = [Moment(g.in_features, job.device) for g in groups]
+    weights = [_gradient_weights(job, k, g) for g in groups]
     with after.writer() as put_rows:
         for first in job.batches():
             rows = _rows(job, x, first)
             with capture_inputs(original, groups) as seen:
                 out = job.runner.block(k, _ids(job, first), rows)
             put_rows(out)
-            for position, group in enumerate(groups):
-                if position in seen:
-                    moments[position].add(seen[position], stream_weights(group, rows, out))
+            for position, read in seen.items():
+                norms = weights[position]
+                w = stream_weights(groups[position], rows, out) if norms is None else _batch(job, norms, first)
+                moments[position].add(read, w)
     for group, moment in zip(groups, moments, strict=True):
         C = moment.mean(_full(job, k, group))
         for name in group.names:
@@ -246,9 +250,14 @@ def _fit_propagated(
     last = (
         _LastMatrix.of(job, k, groups[-1], shape(starting[groups[-1].names[0]])[1]) if groups and not trains else None
     )
+    added: set[str] = set()
+    if job.recipe.stream_strength:
+        entering = _rows(job, x, 0, 1)
+        added = added_to_stream(original, groups, entering, lambda: job.runner.block(k, _ids(job, 0, 1), entering))
     for group, before in zip(groups, inputs, strict=True):
         ending = last if group is groups[-1] else None
-        C, D = _propagated_moments(job, k, original, compressed, group, before, x, after, ending)
+        corrects = group.names[0] in added
+        C, D = _propagated_moments(job, k, original, compressed, group, before, x, after, ending, corrects)
         for name in group.names:
             if name in planned:
                 put(name, C, D)
@@ -269,19 +278,23 @@ def _propagated_moments(
     x: Stream,
     after: Stream,
     ending: _LastMatrix | None,
+    corrects: bool,
 ) -> tuple[Tensor, Difference | None]:
     """Returns `C = E[xh xh^T]` of one group, `xh` being what reaches it in the compressed copy, and how far that is from the original.
 
-    That is `E[(x - xh) xh^T]`; or, where a matrix reads fewer channels than its original, `E[(W x - W' xh) xh^T]`.
+    That is `E[(x - xh) xh^T]`; or, where a matrix reads fewer channels than its original, `E[(W x - W' xh) xh^T]`. A group that `corrects`
+    also learns `E[(r - rh) xh^T]` of the residual stream that it is added to.
     """
     xh, now, was = _stream(job, "compressed", k), *(b.get_submodule(group.names[0]) for b in (compressed, original))
     width = shape(now)[1]
     moved = width != group.in_features
     C, D = Moment(width, job.device), Moment(shape(now)[0] if moved else width, job.device, width)
+    R = Moment(shape(now)[0], job.device, width) if corrects else None
+    norms, whole = _gradient_weights(job, k, group), ending is not None or (corrects and group.last)
     with ExitStack() as stack:
         keep = stack.enter_context(ending.writer()) if ending else None
         for first in job.batches():
-            with capture_inputs(compressed, [group], stop=keep is None) as seen:
+            with capture_inputs(compressed, [group], stop=not whole) as seen:
                 out = job.runner.block(k, _ids(job, first), _rows(job, xh, first), compressed)
             if keep is not None:
                 keep(out, seen[0])
@@ -289,15 +302,33 @@ def _propagated_moments(
                 if 0 in seen:
                     C.add(seen[0])
                 continue
-            w = stream_weights(group, _rows(job, x, first), _rows(job, after, first)) if group.writes else None
+            w = None if norms is None else _batch(job, norms, first)
+            if group.writes:
+                w = stream_weights(group, _rows(job, x, first), _rows(job, after, first))
             C.add(seen[0], w)
             was_seen = _rows(job, before, first).flatten(0, 1)
-            if moved:
-                D.add(was_seen @ weight(was).T - seen[0] @ weight(now).T, w, seen[0])
-            else:
-                D.add(was_seen - seen[0], w, seen[0])
+            D.add(was_seen @ weight(was).T - seen[0] @ weight(now).T if moved else was_seen - seen[0], w, seen[0])
+            if R is not None:
+                error = _rows(job, after, first) - out if group.last else _rows(job, x, first) - _rows(job, xh, first)
+                R.add(error.flatten(0, 1), w, seen[0])
     name = _full(job, k, group)
-    return C.mean(name), Difference(D.mean(name), moved) if group.every_token else None
+    if not group.every_token:
+        return C.mean(name), None
+    given, stream = D.mean(name), None if R is None else R.mean(name)
+    if stream is not None and group.last:  # what leaves the block differs by what the matrix was given, too
+        stream -= given if moved else output_difference(weight(was), given)
+    return C.mean(name), Difference(given, moved, stream)
+
+
+def _gradient_weights(job: Job, k: int, group: Group) -> Tensor | None:
+    """Returns the weights that gradients gave to all tokens, (windows, tokens), or None if they gave none."""
+    if job.fisher is None or group.writes or not group.every_token:
+        return None
+    return load_token_weights(job.fisher, k, group.names[0], len(job.ids))
+
+
+def _batch(job: Job, weights: Tensor, first: int) -> Tensor:
+    return weights[first : first + job.batch].flatten().to(job.device)
 
 
 def _keep_inputs(

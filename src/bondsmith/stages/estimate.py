@@ -8,6 +8,7 @@ Legend: `O, I` out and in features of a matrix, `n` its smaller side.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from bondsmith.stages.wording import count, duration, number, size
 from bondsmith.tensor.sites import parse_sites
 
 # One calibration window in six also gives gradients, since a backward pass costs four times a forward pass; but so many tokens at least.
-GRADIENT_SHARE, GRADIENT_LEAST = 6, 4096
+GRADIENT_LEAST = 4096
 _BATCH_TOKENS = 2048
 _PROCESS = 450e6  # bytes of Python, torch and transformers
 _FORWARD = 1.35  # a pass over its matrices' multiply-adds: attention, norms, activations (measured)
@@ -262,11 +263,15 @@ def _out_of_reach(facts: Facts, recipe: Recipe, dtype: torch.dtype, error: PlanE
     return f"{text}; give a larger budget{looser}"
 
 
+def gradient_windows(recipe: Recipe, windows: int, window: int) -> int:
+    """Returns how many of the windows, of `window` tokens each, give gradients."""
+    return min(windows, max(math.ceil(recipe.gradient_share * windows), -(-GRADIENT_LEAST // window)))
+
+
 def _gradient_tokens(recipe: Recipe) -> int:
     if recipe.metric != "loss":
         return 0
-    windows = recipe.tokens // recipe.window
-    return min(recipe.tokens, recipe.window * max(windows // GRADIENT_SHARE, -(-GRADIENT_LEAST // recipe.window)))
+    return recipe.window * gradient_windows(recipe, recipe.tokens // recipe.window, recipe.window)
 
 
 def _memory(facts: Facts, recipe: Recipe, sampling: bool = True) -> dict[str, float]:

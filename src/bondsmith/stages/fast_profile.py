@@ -17,7 +17,7 @@ from torch import Tensor
 from bondsmith.model.blocks import HiddenBond
 from bondsmith.model.source import return_free_memory
 from bondsmith.recipe import GROUPS
-from bondsmith.stages.moments import TableMoments
+from bondsmith.stages.moment_files import TableMoments
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Reduced, TableProfile
 from bondsmith.tensor.channels import eliminate_channels
 from bondsmith.tensor.fit import cut_spectrum

@@ -15,7 +15,7 @@ from bondsmith.nn.packed import PackedLinear
 from bondsmith.recipe import Recipe
 from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.rounding import hybrid_layer, round_cores, rounded_dense
-from bondsmith.tensor.fit import propagated_target, sequential_svd, shifted_target, whitened_cut
+from bondsmith.tensor.fit import output_difference, sequential_svd, shifted_target, whitened_cut
 from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.weighted import fit_mpo
@@ -23,10 +23,14 @@ from bondsmith.tensor.weighted import fit_mpo
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """How far what a layer reads is from the original's: `E[(x - xh) xh^T]`, or of its outputs, `E[(y - W xh) xh^T]`, if `moved`."""
+    """How far what a layer reads is from the original's: `E[(x - xh) xh^T]`, or of its outputs, `E[(y - W xh) xh^T]`, if `moved`.
+
+    `stream` is `E[(r - rh) xh^T]` for the residual stream `r` that its output is added to, (O, I), or None where it goes elsewhere.
+    """
 
     moment: Tensor
     moved: bool = False
+    stream: Tensor | None = None
 
 
 def fit_matrix(
@@ -51,8 +55,10 @@ def fit_matrix(
     try:
         target = W
         if C is not None and D is not None:
-            shift = shifted_target if D.moved else propagated_target
-            target = shift(W, D.moment, C, recipe.propagation_strength, recipe.damping)
+            moved = recipe.propagation_strength * (D.moment if D.moved else output_difference(W, D.moment))
+            if D.stream is not None:
+                moved += recipe.stream_strength * D.stream
+            target = shifted_target(W, moved, C, 1.0, recipe.damping)
         layer = _layer(target, bias, plan, C, B, recipe.damping, dtype)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error

@@ -5,14 +5,12 @@ Legend: `T` tokens, `I` in features, `O` out features. Hidden states stream from
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import (
@@ -32,6 +30,7 @@ from bondsmith.stages.streams import Stream
 from bondsmith.tensor.hybrid import UnseenShares
 
 _OVERFLOW = 1e18  # the square of an activation this large leaves float32 in a sum
+_LEAST_WEIGHT = 1e-15  # of a token without gradient
 _PANEL = 128  # narrower panels make slow products
 _MIRROR = 512  # rows mirrored at a time
 
@@ -97,6 +96,15 @@ def stream_weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None
     if not (group.writes and group.every_token):
         return None
     return token_weights((after if group.last else before).flatten(0, 1))
+
+
+def gradient_weights(squares: Sequence[Tensor]) -> Tensor:
+    """Returns token weights for matrices that read the same input: the norm of the loss gradient at all their outputs, (T,).
+
+    What few tokens read decides much of the loss: all others attend to the first of a window, whose keys and values count as much as theirs
+    together. `E[w x x^T]` and `E[g g^T]` then say more than two moments that know nothing of each other.
+    """
+    return torch.stack(list(squares)).sum(0).sqrt().clamp_min(_LEAST_WEIGHT)
 
 
 def block_inputs(
@@ -167,8 +175,8 @@ def output_moments(
 ) -> None:
     """Writes `folder/block-K.safetensors` with `B` and `C` of every matrix of block K, last block first.
 
-    The loss is the cross entropy with labels sampled from the model's own distribution (the Fisher information), so no data label
-    enters. Blocks that are written already are not computed again.
+    The loss is the divergence from the model itself: its curvature, the Fisher information, is sampled, so no data label enters.
+    Blocks that are written already are not computed again.
 
     Args:
         load: brings the weights of a block into the runner and returns it.
@@ -191,76 +199,6 @@ def output_moments(
             entering.add(gradients[0].read(first, batch).flatten(0, 1))
         write_shard(folder / "embedding.safetensors", {"gradient": entering.mean("the gradient at the embedding")})
         gradients[0].remove()
-
-
-@dataclass(frozen=True, eq=False)
-class TableMoments:
-    """What the embedding and the head see; `V` vocabulary, `width` of the hidden states.
-
-    Attributes:
-        head_input: second moment of the head's input, (width, width).
-        head_weight: mean probability `E[p (1 - p)]` of every token, (V,): how much an error of its logit counts.
-        embedding_gradient: second moment of the loss gradient at the embedding's output, (width, width).
-        embedding_weight: share of the positions that hold each token, (V,).
-    """
-
-    head_input: Tensor
-    head_weight: Tensor
-    embedding_gradient: Tensor
-    embedding_weight: Tensor
-
-
-def load_table_moments(folder: Path, ids: Tensor) -> TableMoments:
-    """Returns what embedding and head see, over the windows `ids` that gave the gradients."""
-    head, embedding = load_file(folder / "head.safetensors"), load_file(folder / "embedding.safetensors")
-    shares = torch.bincount(ids.flatten().cpu(), minlength=len(head["weight"])).float() / ids.numel()
-    return TableMoments(head["input"], head["weight"], embedding["gradient"], shares)
-
-
-def table_moment(folder: Path, name: str, tied: bool) -> Tensor | None:
-    """Returns the metric in which errors of a row of embedding or head count, (width, width), or None where none was measured.
-
-    For a head that is the moment of what it reads, for an embedding that of the loss gradient at its output, each times the mean weight
-    of a row; for a matrix that is both, their sum.
-    """
-    found: Tensor | None = None
-    head, embedding = folder / "head.safetensors", folder / "embedding.safetensors"
-    if not (head.is_file() and embedding.is_file()):
-        return None
-    seen = load_file(head)
-    as_head = seen["input"] * seen["weight"].mean()
-    as_embedding = load_file(embedding)["gradient"] / len(seen["weight"])
-    is_head = tied or "head" in name
-    found = as_head + as_embedding if tied else as_head if is_head else as_embedding
-    return found
-
-
-def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:
-    """Returns `B` by matrix name inside the block."""
-    return _load(folder, block, "output.")
-
-
-def load_shares_left(folder: Path, block: int) -> dict[str, Tensor]:
-    """Returns, by matrix name inside the block, what a cut of bond 0, 1, ... beside a rounded matrix leaves of the loss of rounding."""
-    return _load(folder, block, "left.")
-
-
-def load_input_moments(folder: Path, block: int) -> dict[str, Tensor]:
-    """Returns `C` by matrix name inside the block; matrices with one input share it, those that no token reached have none."""
-    found = _load(folder, block, "input.")
-    groups: dict[str, str] = json.loads((folder / f"structure-{block}.json").read_text())["inputs"]
-    return {name: found[first] for name, first in groups.items() if first in found}
-
-
-def load_hidden_bonds(folder: Path, block: int) -> list[HiddenBond]:
-    """Returns the hidden bonds of a block, with names inside it."""
-    rows = json.loads((folder / f"structure-{block}.json").read_text())["bonds"]
-    return [HiddenBond(tuple(row["writers"]), row["reader"], row["channels"]) for row in rows]
-
-
-def _load(folder: Path, block: int, kind: str) -> dict[str, Tensor]:
-    tensors = load_file(folder / f"block-{block}.safetensors")
-    return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
 
 
 def _head_gradients(runner: BlockRunner, ids: Tensor, hidden: Stream, folder: Path, seed: int) -> Iterator[Tensor]:
@@ -288,16 +226,26 @@ def _head_gradients(runner: BlockRunner, ids: Tensor, hidden: Stream, folder: Pa
 
 
 def _head_gradient(runner: BlockRunner, ids: Tensor, leaf: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns the gradient at `leaf`, and the sum of `p (1 - p)` over the tokens, (V,)."""
-    logits = runner.logits(ids, leaf).flatten(0, 1).float()
-    draws = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    """Returns a random gradient at `leaf`, and the sum of `p (1 - p)` over the tokens, (V,).
+
+    It is that of `sum_v a_v log p_v` with `a = sqrt(p) s`, `s` random signs: of mean zero, and its second moment at the logits is the
+    Fisher information `diag(p) - p p^T`, as that of a sampled label. But where the model is sure, a label gives nothing nearly always
+    and much at times, and signs give a little every time.
+    """
+    logits = runner.logits(ids, leaf).float()
     with torch.no_grad():
-        # inverse of the cumulative distribution: one uniform number a token, the same on every device
         p = logits.softmax(-1)
-        labels = (p.cumsum(-1) < draws).sum(-1).clamp_max(logits.shape[-1] - 1)
-        spread = (p * (1 - p)).sum(0)
-    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.autograd.grad(loss, leaf)[0], spread
+        spread = (p * (1 - p)).sum((0, 1))
+        push = p.sqrt().mul_(_signs(p.shape, generator).to(p.device))
+        push -= p * push.sum(-1, keepdim=True)
+    return torch.autograd.grad(logits, leaf, push)[0], spread
+
+
+def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Returns random signs, the same on every device: a bit each."""
+    drawn = torch.randint(256, (*shape[:-1], -(-shape[-1] // 8)), dtype=torch.uint8, generator=generator)
+    bits = drawn[..., None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1)
+    return bits.flatten(-2)[..., : shape[-1]].to(torch.float32).mul_(2).sub_(1)
 
 
 def input_moments(
@@ -317,14 +265,14 @@ def input_moments(
             with torch.no_grad():
                 seen = _BlockSeen.of(runner, load(k), k, ids, streams[k])
                 for first in range(0, len(ids), batch):
-                    seen.run(first, streams[k].read(first, batch))
+                    seen.add(*seen.run(first, streams[k].read(first, batch)))
             seen.write(folder, {})
         advance()
 
 
 @dataclass(frozen=True, eq=False)
 class _BlockSeen:
-    """Runs a block over windows and keeps the moments of what its matrices read."""
+    """Runs a block over windows and keeps the moments of what its matrices read, and the weights of the tokens in them."""
 
     runner: BlockRunner
     block: nn.Module
@@ -333,6 +281,7 @@ class _BlockSeen:
     groups: list[Group]
     bonds: list[HiddenBond]
     C: list[Moment]
+    weights: dict[str, list[Tensor]]
 
     @classmethod
     def of(cls, runner: BlockRunner, block: nn.Module, k: int, ids: Tensor, entering: Stream) -> _BlockSeen:
@@ -341,23 +290,34 @@ class _BlockSeen:
             first_window = entering.read(0, 1).to(device)
             groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
             bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
-        return cls(runner, block, k, ids, groups, bonds, [Moment(g.in_features, device) for g in groups])
+        return cls(runner, block, k, ids, groups, bonds, [Moment(g.in_features, device) for g in groups], {})
 
-    def run(self, first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs some windows; returns what entered the block, on its device, and what leaves it."""
+    def run(self, first: int, rows: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Runs some windows; returns what entered the block, on its device, what leaves it, and what each group reads."""
         leaf = rows.to(block_device(self.block))
         if torch.is_grad_enabled():
             leaf.requires_grad_()
         with capture_inputs(self.block, self.groups) as seen:
             out = self.runner.block(self.k, self.ids[first : first + len(rows)], leaf)
+        return leaf, out, seen
+
+    def add(
+        self, leaf: Tensor, out: Tensor, seen: Mapping[int, Tensor], squares: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Adds what `run` returned to the moments; `squares` of the loss gradients at the outputs of every matrix, (T,), weigh tokens."""
         for position, read in seen.items():
-            self.C[position].add(read, stream_weights(self.groups[position], leaf.detach(), out.detach()))
-        return leaf, out
+            group = self.groups[position]
+            weights = stream_weights(group, leaf.detach(), out.detach())
+            if weights is None and squares and group.every_token:
+                weights = gradient_weights([squares[name] for name in group.names])
+                self.weights.setdefault(group.names[0], []).append(weights.view(out.shape[:-1]))
+            self.C[position].add(read, weights)
 
     def write(self, folder: Path, found: dict[str, Tensor]) -> None:
         """Writes the moments, `found` among them, and the structure of the block."""
         pairs = zip(self.groups, self.C, strict=True)
         found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in pairs if m.seen}
+        found |= {f"weights.{name}": torch.cat(parts) for name, parts in self.weights.items()}
         inputs = {name: g.names[0] for g in self.groups for name in g.names}
         structure = {"inputs": inputs, "bonds": [asdict(b) for b in self.bonds]}
         write_json(folder / f"structure-{self.k}.json", structure)
@@ -386,8 +346,10 @@ def _block_moments(
             if hybrids and first and first == batches[len(batches) // 2]:
                 for moment in B.values():
                     moment.split()
-            leaf, out = seen.run(first, streams[k].read(first, batch))
-            yield torch.autograd.grad(out, leaf, gradients[k + 1].read(first, batch).to(out.device))[0]
+            leaf, out, read = seen.run(first, streams[k].read(first, batch))
+            gradient = torch.autograd.grad(out, leaf, gradients[k + 1].read(first, batch).to(out.device))[0]
+            seen.add(leaf, out, read, {name: m.squares for name, m in B.items() if m.squares is not None})
+            yield gradient
 
     try:
         gradients[k].write(back())
@@ -400,12 +362,16 @@ def _block_moments(
 
 
 class _OutputMoment(Moment):
-    """`B` of a matrix; once `split`, later rows also judge what the leading directions of the earlier ones are worth to a hybrid."""
+    """`B` of a matrix, and the squares of the rows that came last.
+
+    Once `split`, later rows also judge what the leading directions of the earlier ones are worth to a hybrid.
+    """
 
     def __init__(self, matrix: nn.Module, device: torch.device):
         super().__init__(shape(matrix)[0], device)
         self.matrix = matrix
         self.shares: UnseenShares | None = None
+        self.squares: Tensor | None = None
 
     def split(self) -> None:
         """Chooses the directions."""
@@ -415,6 +381,7 @@ class _OutputMoment(Moment):
 
     def add(self, rows_TI: Tensor, weights_T: Tensor | None = None, other_TI: Tensor | None = None) -> None:
         super().add(rows_TI, weights_T, other_TI)
+        self.squares = rows_TI.square().sum(1)
         if self.shares is not None:
             self.shares.see(rows_TI)
 

@@ -13,7 +13,7 @@ from bondsmith.model.blocks import HiddenBond, shape, weight
 from bondsmith.model.source import ModelError
 from bondsmith.stages.fast_profile import channel_counts
 from bondsmith.stages.fitting import dense_layer
-from bondsmith.stages.moments import load_hidden_bonds, load_input_moments
+from bondsmith.stages.moment_files import load_hidden_bonds, load_input_moments
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.tensor.channels import Channels, eliminate_channels
 from bondsmith.tensor.metric import energy

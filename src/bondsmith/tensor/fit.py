@@ -115,9 +115,13 @@ def propagated_target(
         raise ValueError(
             f"the difference of moments has shape {tuple(difference.shape)}, the input moment {tuple(input_moment.shape)}"
         )
+    return shifted_target(weight, output_difference(weight, difference), input_moment, alpha, damping)
+
+
+def output_difference(weight: Tensor, difference: Tensor) -> Tensor:
+    """`W E[(x - xh) xh^T]` in float64, `(O, I)`: how far the outputs are moved by another input."""
     W = weight.to(torch.float64)
-    moved = torch.cat([W @ columns.to(torch.float64) for columns in difference.split(1024, 1)], 1)
-    return shifted_target(weight, moved, input_moment, alpha, damping)
+    return torch.cat([W @ columns.to(torch.float64) for columns in difference.split(1024, 1)], 1)
 
 
 def shifted_target(
