@@ -8,6 +8,7 @@ Times one forward pass of the whole model over the calibration tokens before and
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--no-propagate", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], help="other settings, e.g. gradient_share=0.17")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(options.model, Path(folder) / "source")
@@ -48,6 +50,7 @@ def main() -> None:
         forward_seconds(model, ids[:4])
         before = forward_seconds(model, ids)
         settings = {"keep": options.keep, "metric": options.metric, "propagate": not options.no_propagate}
+        settings |= {name: json.loads(value) for name, value in (pair.split("=") for pair in options.set)}
         shared = {"calibration": options.calibration, "tokens": options.tokens}
         start = time.perf_counter()
         done = bondsmith.compress(source.path, Path(folder) / "out", evaluate=False, **shared, **settings)

@@ -40,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "planned by inputs": {"metric": "input"},
     "planned, cuts alone": {"channels": False},
     "planned, not propagated": {"propagate": False},
+    "planned, gradients of a sixth": {"gradient_share": 1 / 6},
+    "planned, stream not corrected": {"stream_strength": 0.0},
     "planned": {},
     "planned, probes": {"probe_windows": 2},
 }
