@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import bondsmith
 from bondsmith.data import read_windows
-from bondsmith.model.blocks import BlockRunner, capture_inputs, find_blocks, matrices, trace_groups, weight
+from bondsmith.model.blocks import BlockRunner, find_blocks, matrices, weight
 from bondsmith.model.hub import BondsmithConfig, attach, pack_embedding, packed_section
+from bondsmith.model.tracing import capture_inputs, trace_groups
 from bondsmith.nn.packed import PackedEmbedding, PackedLinear, PackedMatrix
 from bondsmith.stages.moments import Moment, stream_weights
 from bondsmith.stages.speed import _decode, time_prefill

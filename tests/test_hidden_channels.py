@@ -12,8 +12,9 @@ from conftest import IDS, logits, save_tiny, write_text
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bondsmith
-from bondsmith.model.blocks import BlockRunner, find_hidden_bonds, trace_groups
+from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.source import ModelError
+from bondsmith.model.tracing import find_hidden_bonds, trace_groups
 from bondsmith.stages.plan import Plan
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import bondsmith
 from bondsmith.data import read_windows
-from bondsmith.model.blocks import BlockRunner, added_to_stream, trace_groups
+from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.source import load_tokenizer
+from bondsmith.model.tracing import added_to_stream, trace_groups
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages import moment_files, moments
 from bondsmith.stages.streams import Stream
@@ -80,9 +81,7 @@ def test_what_is_added_to_the_stream_is_found_by_running_the_block(family: str) 
     found = added_to_stream(block, groups, entering, run)
     writers = {g.names[0] for g in groups if g.writes}
     assert len(writers) == 2
-    assert found == (
-        set() if family == "gemma3_text" else writers
-    )  # a norm stands between Gemma's matrices and its stream
+    assert found == (set() if family == "gemma3_text" else writers)  # after Gemma's matrices comes a norm
 
 
 def test_the_stream_is_brought_back_to_the_original(tmp_path: Path) -> None:

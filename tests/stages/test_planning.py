@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bondsmith.model.blocks import HiddenBond
+from bondsmith.model.tracing import HiddenBond
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages.fast_profile import Seen, conditional_variances, fast_profile, rounding_unit
 from bondsmith.stages.plan import Plan, PlanError

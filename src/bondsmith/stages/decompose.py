@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bondsmith.model.blocks import BlockRunner, Group, added_to_stream, capture_inputs, shape, trace_groups, weight
+from bondsmith.model.blocks import BlockRunner, shape, weight
 from bondsmith.model.checkpoint import shard_name, write_json, write_shard
 from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
+from bondsmith.model.tracing import Group, added_to_stream, capture_inputs, trace_groups
 from bondsmith.nn.packed import saved_state
 from bondsmith.recipe import Recipe
 from bondsmith.stages import blockwise
@@ -91,7 +92,8 @@ def compress_rest(job: Job) -> None:
         names = [n for n in stored_names(job.runner.model) if not n.startswith(job.runner.path + ".")]
         tensors = job.source.read(names)
         rounded = rounded_tables(job.plan, tensors, job.fisher)
-        write_shard(job.shard(-1), {name: _cast(t, job.dtype) for name, t in tensors.items()} | rounded)
+        state = {name: t.to(job.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        write_shard(job.shard(-1), state | rounded)
 
 
 def compress_blocks(job: Job, advance: Callable[[int], None]) -> None:
@@ -197,7 +199,10 @@ def _leave(job: Job, k: int, compressed: nn.Module) -> None:
 Put = Callable[[str, Tensor, Difference | None], None]
 
 
-def _groups(job: Job, k: int, block: nn.Module, x: Stream, planned: dict[str, MatrixPlan]) -> list[Group]:
+def _groups(
+    job: Job, k: int, block: nn.Module, x: Stream, planned: dict[str, MatrixPlan]
+) -> tuple[list[Group], list[Group]]:
+    """Returns the groups with a matrix to fit, and all groups of the block."""
     with torch.no_grad():
         groups = trace_groups(block, lambda: job.runner.block(k, _ids(job, 0, 1), _rows(job, x, 0, 1)))
     reached = {name for group in groups for name in group.names}
@@ -207,7 +212,7 @@ def _groups(job: Job, k: int, block: nn.Module, x: Stream, planned: dict[str, Ma
                 f"{matrix.name}: no calibration token reached this matrix; calibrate on more or other text, "
                 f"or keep it dense (keep_dense: '{matrix.name}')"
             )
-    return [g for g in groups if any(name in planned for name in g.names)]
+    return [g for g in groups if any(name in planned for name in g.names)], groups
 
 
 @torch.no_grad()
@@ -216,7 +221,7 @@ def _fit_from_original(
 ) -> None:
     """One pass of the original block over its own inputs gives the moments of all groups."""
     x, after = _stream(job, "original", k), _stream(job, "original", k + 1)
-    groups = _groups(job, k, original, x, planned)
+    groups, _ = _groups(job, k, original, x, planned)
     moments = [Moment(g.in_features, job.device) for g in groups]
     weights = [_gradient_weights(job, k, g) for g in groups]
     with after.writer() as put_rows:
@@ -242,29 +247,27 @@ def _fit_propagated(
 ) -> None:
     """Group after group, the compressed copy runs up to it; the original's inputs come from one pass kept on disk."""
     x, after = _stream(job, "original", k), _stream(job, "original", k + 1)
-    groups = _groups(job, k, original, x, planned)
+    groups, every = _groups(job, k, original, x, planned)
     inputs = [_temporary(job, f"input-{i}", g.in_features) for i, g in enumerate(groups)]
     _keep_inputs(job, k, original, groups, x, after, inputs)
-    starting = {g.names[0]: compressed.get_submodule(g.names[0]) for g in groups[-1:]}
+    entering = _rows(job, x, 0, 1)
+    added = added_to_stream(original, every, entering, lambda: job.runner.block(k, _ids(job, 0, 1), entering))
     trains = bool(job.recipe.blockwise and groups)  # then what leaves the block is computed after the training
-    last = (
-        _LastMatrix.of(job, k, groups[-1], shape(starting[groups[-1].names[0]])[1]) if groups and not trains else None
-    )
-    added: set[str] = set()
-    if job.recipe.stream_strength:
-        entering = _rows(job, x, 0, 1)
-        added = added_to_stream(original, groups, entering, lambda: job.runner.block(k, _ids(job, 0, 1), entering))
+    leaves = k + 1 < len(job.runner) and not trains
+    last = None
+    if leaves and groups and groups[-1].last and groups[-1].names[0] in added:
+        last = _LastMatrix.of(job, groups[-1].names[0], compressed)
     for group, before in zip(groups, inputs, strict=True):
-        ending = last if group is groups[-1] else None
-        corrects = group.names[0] in added
+        ending = last if group.last else None
+        corrects = bool(job.recipe.stream_strength) and group.names[0] in added
         C, D = _propagated_moments(job, k, original, compressed, group, before, x, after, ending, corrects)
         for name in group.names:
             if name in planned:
                 put(name, C, D)
         before.remove()
-    if k + 1 == len(job.runner) or trains:
-        return
-    if last is None or not last.finish(starting[last.name], compressed, _stream(job, "compressed", k + 1)):
+    if last is not None:
+        last.finish(compressed, _stream(job, "compressed", k + 1))
+    elif leaves:
         _leave(job, k, compressed)
 
 
@@ -350,25 +353,20 @@ class _LastMatrix:
     """Saves the last pass over a block: where its last matrix adds to the output, the output follows from the pass that read its input.
 
     `out` with the matrix W in place at first and the input `x` of it are kept; with W' in its place the block gives `out + x (W' - W)^T`.
-    That the matrix does add to the output is tested on the first windows against the block itself; Gemma's does not.
     """
 
     job: Job
-    k: int
     name: str
+    starting: nn.Module
     out: Stream
     fed: Stream
 
     @classmethod
-    def of(cls, job: Job, k: int, group: Group, width: int) -> _LastMatrix | None:
-        """Returns what the last group, which reads `width` features, needs.
-
-        None where the trick has no place: no next block, or not one matrix for all tokens.
-        """
-        if k + 1 == len(job.runner) or not (group.last and group.writes and group.every_token):
-            return None
-        out, fed = _temporary(job, "last-out", job.width), _temporary(job, "last-input", width)
-        return cls(job, k, group.names[0], out, fed)
+    def of(cls, job: Job, name: str, compressed: nn.Module) -> _LastMatrix:
+        """Returns what the matrix `name`, as it is now in the compressed block, needs."""
+        starting = compressed.get_submodule(name)
+        fed = _temporary(job, "last-input", shape(starting)[1])
+        return cls(job, name, starting, _temporary(job, "last-out", job.width), fed)
 
     @contextmanager
     def writer(self) -> Iterator[Callable[[Tensor, Tensor], None]]:
@@ -381,27 +379,13 @@ class _LastMatrix:
 
             yield keep
 
-    def finish(self, starting: nn.Module, compressed: nn.Module, leave: Stream) -> bool:
-        """Writes the hidden states that leave the block to `leave`; False, and nothing written, where they do not follow.
-
-        Args:
-            starting: the matrix that was in place while the outputs were kept.
-        """
+    def finish(self, compressed: nn.Module, leave: Stream) -> None:
+        """Writes the hidden states that leave the block to `leave`."""
+        change = weight(compressed.get_submodule(self.name)) - weight(self.starting)
         job = self.job
-        change = weight(compressed.get_submodule(self.name)) - weight(starting)
-
-        def follow(first: int, count: int | None = None) -> Tensor:
-            return _rows(job, self.out, first, count) + _rows(job, self.fed, first, count) @ change.T
-
-        entering = _stream(job, "compressed", self.k)
-        true = job.runner.block(self.k, _ids(job, 0, 1), _rows(job, entering, 0, 1), compressed)
-        moved = true - _rows(job, self.out, 0, 1)
-        follows = bool((follow(0, 1) - true).norm() <= 1e-3 * moved.norm() + 1e-6 * true.norm())
-        if follows:
-            leave.write(follow(first) for first in job.batches())
+        leave.write(_rows(job, self.out, f) + _rows(job, self.fed, f) @ change.T for f in job.batches())
         self.out.remove()
         self.fed.remove()
-        return follows
 
 
 def _ids(job: Job, first: int, count: int | None = None) -> Tensor:
@@ -414,7 +398,3 @@ def _rows(job: Job, stream: Stream, first: int, count: int | None = None) -> Ten
 
 def _full(job: Job, k: int, group: Group) -> str:
     return f"{job.runner.path}.{k}.{group.names[0]}"
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bondsmith.model.blocks import HiddenBond
 from bondsmith.model.source import return_free_memory
+from bondsmith.model.tracing import HiddenBond
 from bondsmith.recipe import GROUPS
 from bondsmith.stages.moment_files import TableMoments
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Reduced, TableProfile

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bondsmith.model.blocks import HiddenBond
+from bondsmith.model.tracing import HiddenBond
 
 _SHRINKAGE = 0.1  # of output moments, as a share of the mean eigenvalue
 

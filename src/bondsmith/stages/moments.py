@@ -13,19 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import (
-    BlockRunner,
-    Group,
-    HiddenBond,
-    capture_inputs,
-    find_hidden_bonds,
-    matrices,
-    shape,
-    trace_groups,
-    weight,
-)
+from bondsmith.model.blocks import BlockRunner, matrices, shape, weight
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
+from bondsmith.model.tracing import Group, HiddenBond, capture_inputs, find_hidden_bonds, trace_groups
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.hybrid import UnseenShares
 

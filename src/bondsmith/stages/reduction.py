@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bondsmith.model.blocks import HiddenBond, shape, weight
+from bondsmith.model.blocks import shape, weight
 from bondsmith.model.source import ModelError
+from bondsmith.model.tracing import HiddenBond
 from bondsmith.stages.fast_profile import channel_counts
 from bondsmith.stages.fitting import dense_layer
 from bondsmith.stages.moment_files import load_hidden_bonds, load_input_moments

@@ -1,0 +1,195 @@
+"""What the matrices of a block do, found by running it: which read one input, write into the residual stream, share hidden channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from bondsmith.model.blocks import matrices, shape, weight
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices of a block that read the same input, in call order.
+
+    Attributes:
+        names: their names inside the block.
+        in_features: width of the input.
+        writes: True where the output goes into the residual stream (attention output, MLP output).
+        last: True for the last group of the block.
+        every_token: True where the input has one row per token; experts of a mixture see only some.
+    """
+
+    names: tuple[str, ...]
+    in_features: int
+    writes: bool
+    last: bool
+    every_token: bool
+
+
+def trace_groups(block: nn.Module, run: Callable[[], Tensor]) -> list[Group]:
+    """Returns the groups of a block in call order, found by running it once; `run` gives the hidden state that leaves it.
+
+    A matrix writes into the residual stream when it is alone on its input, gives the stream's width back and is not the first.
+    """
+    calls: list[tuple[str, Tensor]] = []
+    handles = [
+        matrix.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
+        for name, matrix in matrices(block).items()
+    ]
+    try:
+        out = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    width, tokens = out.shape[-1], out.shape[:-1].numel()
+    shared: list[tuple[list[str], Tensor]] = []
+    for name, seen in calls:
+        group = next((names for names, other in shared if other is seen or _same(other, seen)), None)
+        if group is None:
+            shared.append(([name], seen))
+        elif name not in group:
+            group.append(name)
+    table = matrices(block)
+    return [
+        Group(
+            tuple(names),
+            seen.shape[-1],
+            writes=i > 0 and len(names) == 1 and shape(table[names[0]])[0] == width,
+            last=i == len(shared) - 1,
+            every_token=seen.shape[:-1].numel() == tokens,
+        )
+        for i, (names, seen) in enumerate(shared)
+    ]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
+@dataclass(frozen=True)
+class HiddenBond:
+    """The hidden channels between matrices of a block: `writers` give them, an elementwise function passes them on, `reader` takes them.
+
+    A writer has `channels` rows, or a multiple where several are fused into one (gate and up).
+    """
+
+    writers: tuple[str, ...]
+    reader: str
+    channels: int
+
+    def inside(self, prefix: str) -> HiddenBond:
+        """Returns the bond with `prefix` before all names."""
+        return HiddenBond(tuple(prefix + name for name in self.writers), prefix + self.reader, self.channels)
+
+    def rows(self, kept: Tensor, out_features: int) -> Tensor:
+        """Returns the rows of a writer of `out_features` rows that belong to the `kept` channels."""
+        copies = out_features // self.channels
+        return torch.cat([kept + copy * self.channels for copy in range(copies)])
+
+
+@torch.no_grad()
+def find_hidden_bonds(block: nn.Module, groups: list[Group], run: Callable[[], Tensor]) -> list[HiddenBond]:
+    """Returns the bonds of a block whose channels can be dropped one by one; `run` gives the hidden state that leaves it.
+
+    That a channel reaches only its own column of the reader's input is tried: every other one is scaled in the writers, and the rest
+    must stay as it was. An MLP passes, attention does not.
+    """
+    found = []
+    for before, group in pairwise(groups):
+        reader, table = group.names[0], matrices(block)
+        sizes = [shape(table[name])[0] for name in before.names]
+        alone = len(group.names) == 1 and group.every_token and before.every_token
+        if alone and all(size % group.in_features == 0 for size in sizes):
+            bond = HiddenBond(before.names, reader, group.in_features)
+            if _channels_are_apart(block, bond, group, run):
+                found.append(bond)
+    return found
+
+
+def _channels_are_apart(block: nn.Module, bond: HiddenBond, group: Group, run: Callable[[], Tensor]) -> bool:
+    odd = torch.arange(1, bond.channels, 2)
+    if not len(odd):
+        return False
+    writers = [block.get_submodule(name) for name in bond.writers]
+    rows = [bond.rows(odd, shape(m)[0]) for m in writers]
+    with capture_inputs(block, [group]) as seen:
+        run()
+        plain = seen[0].clone()
+        saved = [weight(m)[r].clone() for m, r in zip(writers, rows, strict=True)]
+        for m, r in zip(writers, rows, strict=True):
+            weight(m)[r] *= 1.5
+        try:
+            run()
+            scaled = seen[0]
+        finally:
+            for m, r, values in zip(writers, rows, saved, strict=True):
+                weight(m)[r] = values
+    changed = (scaled - plain).abs().amax(0) > 1e-5 * plain.abs().max()
+    return not changed[::2].any() and bool(changed[1::2].any())
+
+
+@torch.no_grad()
+def added_to_stream(block: nn.Module, groups: list[Group], entering: Tensor, run: Callable[[], Tensor]) -> set[str]:
+    """Returns the matrices whose output is added, as it is, to the hidden states that enter a block; of Gemma's none is.
+
+    Tested by running the block: with all others of them silent, what leaves it is what entered and what the matrix gave.
+    """
+    writers = [g.names[0] for g in groups if g.writes and g.every_token]
+    found = set()
+    for name in writers:
+        given: list[Tensor] = []
+
+        def silence(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return torch.zeros_like(out)
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, given: list[Tensor] = given) -> None:
+            given.append(out)
+
+        with ExitStack() as stack:
+            for other in writers:
+                hook = keep if other == name else silence
+                stack.callback(block.get_submodule(other).register_forward_hook(hook).remove)
+            leaving = run()
+        if given:
+            rest = leaving - entering - given[0].view_as(leaving)
+            if rest.norm() <= 1e-3 * given[0].norm() + 1e-6 * entering.norm():
+                found.add(name)
+    return found
+
+
+class _ReachedError(Exception):
+    """The matrix whose input was wanted has been called."""
+
+
+@contextmanager
+def capture_inputs(block: nn.Module, groups: list[Group], *, stop: bool = False) -> Iterator[dict[int, Tensor]]:
+    """Collects the inputs of groups, (tokens, features), while a block runs: yields {position in `groups`: input}.
+
+    With `stop`, the pass ends as soon as the last of them is there.
+    """
+    seen: dict[int, Tensor] = {}
+    handles = []
+
+    def hook(position: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[position] = args[0].detach().reshape(-1, args[0].shape[-1])
+            if stop and len(seen) == len(groups):
+                raise _ReachedError
+
+        return keep
+
+    for position, group in enumerate(groups):
+        handles.append(block.get_submodule(group.names[0]).register_forward_pre_hook(hook(position)))
+    try:
+        yield seen
+    except _ReachedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
