@@ -217,19 +217,24 @@ def _head_gradients(runner: BlockRunner, ids: Tensor, hidden: Stream, folder: Pa
 
 
 def _head_gradient(runner: BlockRunner, ids: Tensor, leaf: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns a random gradient at `leaf`, and the sum of `p (1 - p)` over the tokens, (V,).
-
-    It is that of `sum_v a_v log p_v` with `a = sqrt(p) s`, `s` random signs: of mean zero, and its second moment at the logits is the
-    Fisher information `diag(p) - p p^T`, as that of a sampled label. But where the model is sure, a label gives nothing nearly always
-    and much at times, and signs give a little every time.
-    """
+    """Returns a random gradient at `leaf`, and the sum of `p (1 - p)` over the tokens, (V,)."""
     logits = runner.logits(ids, leaf).float()
     with torch.no_grad():
         p = logits.softmax(-1)
         spread = (p * (1 - p)).sum((0, 1))
-        push = p.sqrt().mul_(_signs(p.shape, generator).to(p.device))
-        push -= p * push.sum(-1, keepdim=True)
-    return torch.autograd.grad(logits, leaf, push)[0], spread
+    return torch.autograd.grad(logits, leaf, signed_gradient(logits.detach(), generator))[0], spread
+
+
+@torch.no_grad()
+def signed_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns a random gradient at `logits`, whose second moment is the Fisher information `diag(p) - p p^T` of every token.
+
+    It is that of `sum_v a_v log p_v` with `a = sqrt(p) s`, `s` random signs, and of mean zero, as that of a sampled label. But where the
+    model is sure, a label gives nothing nearly always and much at times, and signs give a little every time.
+    """
+    p = logits.softmax(-1)
+    push = p.sqrt().mul_(_signs(p.shape, generator).to(p.device))
+    return push.sub_(p * push.sum(-1, keepdim=True))
 
 
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
