@@ -44,7 +44,7 @@ def seen(model: nn.Module, windows: Tensor, names: dict[str, str]) -> tuple[dict
     for row in windows:
         entering = model.get_input_embeddings()(row[None]).detach().requires_grad_()
         logits = model(inputs_embeds=entering, use_cache=False).logits
-        torch.autograd.grad(logits, entering, signed_gradient(logits.detach().float(), generator))
+        torch.autograd.grad(logits, entering, signed_gradient(logits.detach().float().softmax(-1), generator))
     for handle in handles:
         handle.remove()
     return {k: torch.cat(v) for k, v in X.items()}, {k: torch.cat(v) for k, v in G.items()}

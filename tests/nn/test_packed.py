@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from bondsmith.nn import kernels
+from bondsmith.nn import cuda_int4, kernels
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix
 from bondsmith.tensor.fit import sequential_svd
@@ -81,6 +82,73 @@ def test_the_int4_kernel_is_used_where_there_is_one_and_its_order_is_undone() ->
         again = copy.deepcopy(packed)
         packed(many[:1])
         assert torch.equal(copy.deepcopy(packed)(many), again(many))
+
+
+def shuffled(order: torch.Tensor, rows: int, columns: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A conversion that lays the codes of every tile in `order`, tile after tile."""
+
+    def convert(packed: torch.Tensor) -> torch.Tensor:
+        codes = torch.stack((packed & 15, packed >> 4), -1).view(len(packed) // rows, rows, -1, columns)
+        halves = codes.transpose(1, 2).reshape(-1, rows * columns)[:, order]
+        return (halves[:, ::2] | halves[:, 1::2] << 4).reshape(packed.shape)
+
+    return convert
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 128), (8, 64), (8, 32), (2, 4)])
+def test_the_order_of_a_kernel_is_learnt_from_its_own_conversion(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    convert = shuffled(torch.randperm(rows * columns, generator=generator), rows, columns)
+    places = cuda_int4.learn_places(convert, rows, columns)
+    packed = torch.randint(256, (5 * rows, 3 * columns // 2), dtype=torch.uint8, generator=generator)
+    assert torch.equal(cuda_int4.from_tiles(convert(packed), places, rows, columns), packed)
+    with pytest.raises(ValueError, match="not only moved"):
+        cuda_int4.learn_places(lambda p: convert(p) ^ 1, rows, columns)
+
+
+def test_the_order_of_the_kernel_of_this_processor_is_learnt_too() -> None:
+    block = kernels.int4_block()
+    if not block:
+        pytest.skip("this torch has no int4 kernel for this processor")
+    places = cuda_int4.learn_places(kernels.to_int4_order, block, 2)
+    packed = torch.randint(256, (2 * block, 1), dtype=torch.uint8)
+    assert torch.equal(cuda_int4.from_tiles(kernels.to_int4_order(packed), places, block, 2), packed)
+
+
+def test_a_device_without_the_kernel_unpacks() -> None:
+    grid = Grid(4, 64, symmetric=False)
+    assert not cuda_int4.has_int4(grid, 128, 192, torch.device("cpu"))
+
+
+def test_matrices_in_the_order_of_the_cuda_kernel_are_read_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = torch.randperm(8 * 64, generator=torch.Generator().manual_seed(0))
+    places = cuda_int4.learn_places(shuffled(order, 8, 64), 8, 64)
+    monkeypatch.setattr(cuda_int4, "_places", lambda inner: places)
+    grid = Grid(4, 64, symmetric=False)
+    embedding = PackedEmbedding(nn.Embedding(128, 192), grid)
+    embedding.put(round_to_nearest(torch.randn(128, 192), grid))
+    ids, codes = torch.tensor([[0, 7, 8, 63], [64, 100, 127, 5]]), embedding.codes.clone()
+    before = embedding(ids)
+    embedding._bring_into("cuda", shuffled(order, 8, 64))
+    assert not torch.equal(embedding.codes, codes)
+    assert torch.equal(embedding(ids), before)
+    assert torch.equal(embedding.state_dict()["codes"], codes)
+    with torch.no_grad():  # on a CPU the codes come into the order of its own kernel
+        PackedHead(embedding)(torch.randn(1, 192, dtype=torch.bfloat16))
+    assert torch.equal(embedding.packed_codes(), codes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(4, 32, symmetric=False), Grid(4, 64, symmetric=False)], ids=str)
+def test_the_cuda_kernel_multiplies_by_the_rounded_matrix(grid: Grid) -> None:
+    packed, x = layer(grid), torch.randn(3, 192)
+    expected = F.linear(x, packed.to_rounded().dequantize(), packed.bias)
+    there = copy.deepcopy(packed).to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        y = there(x.to("cuda", torch.bfloat16))
+    assert there._order == "cuda"
+    assert (y.float().cpu() - expected).norm() < 0.01 * expected.norm()
+    assert torch.equal(there.cpu().packed_codes(), packed.codes)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

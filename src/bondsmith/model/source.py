@@ -7,11 +7,9 @@ loading) are first rewritten once, by transformers itself, into safetensors file
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,9 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bondsmith.model import digest, quantized
+from bondsmith.model.memory import return_free_memory
 
-_C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
-_M_MMAP_THRESHOLD = -3
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD_BYTES = 2 * 1024**3
 
@@ -111,18 +108,6 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.d
         else:
             old = getattr(owner, leaf, None)
             setattr(owner, leaf, tensor.to(device, tensor.dtype if old is None else old.dtype))
-
-
-def return_free_memory() -> None:
-    """Gives the holes between tensors that glibc's allocator holds back to the system, and keeps large ones out of them.
-
-    Called before every block is read and every matrix is fitted. Without it the memory of a process grows with every block, though no
-    tensor lives on: what is freed below a threshold that glibc raises to 32 MB leaves a hole. A fixed one of 16 MB costs nothing
-    measurable; one of 1 MB costs a forward pass a quarter of its speed.
-    """
-    if hasattr(_C_LIBRARY, "malloc_trim"):
-        _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
-        _C_LIBRARY.malloc_trim(0)
 
 
 def empty(module: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """Layers whose weights are a few bits each, in memory as on disk.
 
 - Codes are packed bytes, scales and minima float16; no float copy of the matrix outlives a call.
-- bfloat16 activations on a CPU go through torch's int8 and int4 kernels while tokens are few; everything else unpacks some rows
-  at a time and multiplies.
+- bfloat16 activations go through torch's kernels while tokens are few: int8 and int4 on a CPU, int4 on CUDA; everything else unpacks
+  some rows at a time and multiplies.
 - Gradients reach inputs, and scales once `train_scales` made parameters of them; the integers stay.
 - `.to(dtype)` leaves scales alone: their bits are the format's.
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bondsmith.nn import kernels
+from bondsmith.nn import cuda_int4, kernels
 from bondsmith.tensor.packing import row_bytes
 from bondsmith.tensor.rounding import Grid, Rounded, packed_levels, scaled
 
@@ -41,7 +41,7 @@ class PackedMatrix(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, dtype=torch.float16, device=device))
         minima = None if grid.symmetric else torch.zeros(groups, dtype=torch.float16, device=device)
         self.register_buffer("minima", minima)
-        self._int4_order = False  # whether `codes` lie in the order of the int4 kernel
+        self._order: str | None = None  # "cpu", "cuda": `codes` lie in the order of that int4 kernel
 
     def put(self, rounded: Rounded) -> None:
         """Takes the codes, scales and minima of a rounded matrix; ValueError if it has another shape or grid."""
@@ -54,12 +54,20 @@ class PackedMatrix(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "codes":  # whoever puts codes here brings them in the order of the file format
-            self.__dict__["_int4_order"] = False
+            self.__dict__["_order"] = None
         super().__setattr__(name, value)
+
+    def _packed_rows(self, rows: Tensor) -> Tensor:
+        if self._order is None:
+            return self.codes[rows]
+        own = cuda_int4.rows_from_order if self._order == "cuda" else kernels.rows_from_int4_order
+        return own(self.codes, rows)
 
     def packed_codes(self) -> Tensor:
         """The packed bytes in the order of the file format."""
-        return kernels.from_int4_order(self.codes) if self._int4_order else self.codes
+        if self._order is None:
+            return self.codes
+        return cuda_int4.from_order(self.codes) if self._order == "cuda" else kernels.from_int4_order(self.codes)
 
     def to_rounded(self) -> Rounded:
         """The rounded matrix."""
@@ -97,7 +105,7 @@ class PackedMatrix(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._int4_order:
+        if self._order:
             destination[prefix + "codes"] = self.packed_codes()
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -121,6 +129,10 @@ class PackedMatrix(nn.Module):
                 return kernels.int8_matmul(x, self.codes, self.scales)
             if kernels.has_int4(self.grid, self.rows, self.columns):
                 return self._multiply_int4(x.contiguous())
+        few = x.dtype == torch.bfloat16 and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
+        if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
+            self._bring_into("cuda", cuda_int4.to_order)
+            return cuda_int4.matmul(x.contiguous(), self.codes, self.grid, self.scales, self.minima)
         y = x.new_empty(x.shape[0], self.rows)
         codes, step = self.packed_codes(), max(1, _CHUNK // self.columns)
         for first in range(0, self.rows, step):
@@ -130,12 +142,16 @@ class PackedMatrix(nn.Module):
         return y
 
     def _multiply_int4(self, x: Tensor) -> Tensor:
-        if not self._int4_order:
-            self.codes = kernels.to_int4_order(self.codes)
-            self._int4_order = True
+        self._bring_into("cpu", kernels.to_int4_order)
         if x.shape[0] <= kernels.INT4_UP_TO:
             return kernels.int4_matmul(x, self.codes, self.grid, self.scales, self.minima)
         return kernels.int4_unpacked_matmul(x, self.codes, self.grid, self.scales, self.minima)
+
+    def _bring_into(self, order: str, convert: Callable[[Tensor], Tensor]) -> None:
+        """Has the codes in the order of a kernel."""
+        if self._order != order:
+            self.codes = convert(self.packed_codes())
+            self._order = order
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns}, {self.grid}"
@@ -245,7 +261,7 @@ class PackedEmbedding(PackedMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         """`(..., I)` for integers of any shape."""
         flat = ids.reshape(-1)
-        codes = kernels.rows_from_int4_order(self.codes, flat) if self._int4_order else self.codes[flat]
+        codes = self._packed_rows(flat)
         minima = None if self.minima is None else self.minima[flat]
         dtype = self._like.dtype
         rows = self._rows(codes, self.scales[flat], minima, dtype).view(*ids.shape, self.columns)

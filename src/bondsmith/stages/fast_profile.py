@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bondsmith.model.source import return_free_memory
+from bondsmith.model.memory import fitting_memory
 from bondsmith.model.tracing import HiddenBond
 from bondsmith.recipe import GROUPS
 from bondsmith.stages.moment_files import TableMoments
@@ -82,9 +82,9 @@ class _Profiler:
         self.units[name] = 1 / max(float(found.cut_losses()[0]), 1e-300) if self.relative else 1.0
         return replace(found, unit=self.units[name])
 
+    @fitting_memory()
     def curves(self, name: str, W: Tensor, C: Tensor | None, B: Tensor | None) -> MatrixProfile:
         """Returns the curves of a matrix that sees these moments."""
-        return_free_memory()
         variances = None
         try:
             if C is None:
@@ -109,6 +109,7 @@ class _Profiler:
             self.roots[id(C)] = found
         return found
 
+    @fitting_memory()
     def bond(self, bond: HiddenBond) -> BondProfile:
         """Returns the sizes that a hidden bond may be reduced to, with the curves of what is left of its matrices."""
         C, B = self.seen.inputs[bond.reader], self.seen.outputs.get(bond.reader)

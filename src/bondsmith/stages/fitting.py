@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import weight
-from bondsmith.model.source import ModelError, return_free_memory
+from bondsmith.model.memory import fitting_memory
+from bondsmith.model.source import ModelError
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedLinear
@@ -33,6 +34,7 @@ class Difference:
     stream: Tensor | None = None
 
 
+@fitting_memory()
 def fit_matrix(
     matrix: nn.Module,
     plan: MatrixPlan,
@@ -49,7 +51,6 @@ def fit_matrix(
         D: how far those are from the original's, or None.
         B: moment of the loss gradient at the output, or None.
     """
-    return_free_memory()
     W = weight(matrix)
     bias = getattr(matrix, "bias", None)
     try:

@@ -24,6 +24,7 @@ _OVERFLOW = 1e18  # the square of an activation this large leaves float32 in a s
 _LEAST_WEIGHT = 1e-15  # of a token without gradient
 _PANEL = 128  # narrower panels make slow products
 _MIRROR = 512  # rows mirrored at a time
+_PIECE = 64  # tokens whose probabilities fit a cache
 
 
 class Moment:
@@ -219,29 +220,30 @@ def _head_gradients(runner: BlockRunner, ids: Tensor, hidden: Stream, folder: Pa
 def _head_gradient(runner: BlockRunner, ids: Tensor, leaf: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Returns a random gradient at `leaf`, and the sum of `p (1 - p)` over the tokens, (V,)."""
     logits = runner.logits(ids, leaf).float()
+    push, spread = torch.empty_like(logits), logits.new_zeros(logits.shape[-1])
     with torch.no_grad():
-        p = logits.softmax(-1)
-        spread = (p * (1 - p)).sum((0, 1))
-    return torch.autograd.grad(logits, leaf, signed_gradient(logits.detach(), generator))[0], spread
+        for piece, into in zip(logits.split(_PIECE, 1), push.split(_PIECE, 1), strict=True):
+            p = piece.softmax(-1)
+            spread += p.sum((0, 1)) - torch.linalg.vector_norm(p.flatten(0, 1), dim=0).square()
+            into.copy_(signed_gradient(p, generator))
+    return torch.autograd.grad(logits, leaf, push)[0], spread
 
 
-@torch.no_grad()
-def signed_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns a random gradient at `logits`, whose second moment is the Fisher information `diag(p) - p p^T` of every token.
+def signed_gradient(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns a random gradient at logits of probabilities `p`, whose second moment is the Fisher information `diag(p) - p p^T`.
 
     It is that of `sum_v a_v log p_v` with `a = sqrt(p) s`, `s` random signs, and of mean zero, as that of a sampled label. But where the
     model is sure, a label gives nothing nearly always and much at times, and signs give a little every time.
     """
-    p = logits.softmax(-1)
     push = p.sqrt().mul_(_signs(p.shape, generator).to(p.device))
-    return push.sub_(p * push.sum(-1, keepdim=True))
+    return push.addcmul_(p, push.sum(-1, keepdim=True), value=-1)
 
 
 def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Returns random signs, the same on every device: a bit each."""
-    drawn = torch.randint(256, (*shape[:-1], -(-shape[-1] // 8)), dtype=torch.uint8, generator=generator)
-    bits = drawn[..., None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1)
-    return bits.flatten(-2)[..., : shape[-1]].to(torch.float32).mul_(2).sub_(1)
+    """Returns random signs, the same on every device, any two of a row independent: products of two signs out of few."""
+    side = math.isqrt(shape[-1] - 1) + 1
+    few = torch.randint(2, (*shape[:-1], 2 * side), generator=generator).to(torch.float32).mul_(2).sub_(1)
+    return (few[..., :side, None] * few[..., None, side:]).flatten(-2)[..., : shape[-1]]
 
 
 def input_moments(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import shape, weight
+from bondsmith.model.memory import fitting_memory
 from bondsmith.model.source import ModelError
 from bondsmith.model.tracing import HiddenBond
 from bondsmith.stages.fast_profile import channel_counts
@@ -29,6 +30,7 @@ class Reduced:
 
 
 @torch.no_grad()
+@fitting_memory()
 def drop_channels(
     block: nn.Module,
     plans: Mapping[str, MatrixPlan],

@@ -58,43 +58,57 @@ def eliminate_channels(
     state = _State.start(weight, damped(input_moment, damping), output_moment, damping)
     found: dict[int, Channels] = {}
     for number in sorted(set(counts), reverse=True):
-        while len(state.kept) > number:
-            state.drop(min(block, len(state.kept) - number))
-        found[number] = Channels(state.kept.clone(), state.weight.to(weight.dtype), state.error)
+        while state.left > number:
+            state.drop(min(block, state.left - number))
+        state.compact()
+        found[number] = Channels(state.kept, state.weight.to(weight.dtype, copy=True), state.error)
     return found
 
 
 @dataclass(eq=False)
 class _State:
-    """Where elimination stands: channels kept, the reader refitted to them, it seen through the root of `B`, and `P`, all float64."""
+    """Where elimination stands: channels kept, the reader refitted to them, it seen through the root of `B`, and `P`, all float64.
+
+    Channels that are `gone` keep their place until `compact`: to close up after every step would cost more than the step.
+    """
 
     kept: Tensor
     weight: Tensor
     seen: Tensor
     inverse: Tensor
+    gone: Tensor
+    left: int
     error: float
 
     @classmethod
     def start(cls, weight: Tensor, moment: Tensor, output_moment: Tensor | None, damping: float) -> _State:
-        W = weight.to(torch.float64)
-        seen = W
+        W = weight.to(torch.float64, copy=True)
+        seen = W.clone()
         if output_moment is not None:
             check_moment(output_moment, W.shape[0], "output moment")
             seen = torch.linalg.cholesky(damped(output_moment, damping)).T @ W
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-        return cls(torch.arange(W.shape[1], device=W.device), W, seen, inverse, 0.0)
+        kept = torch.arange(W.shape[1], device=W.device)
+        return cls(kept, W, seen, inverse, torch.zeros_like(kept, dtype=torch.bool), len(kept), 0.0)
 
     def drop(self, number: int) -> None:
         """Drops the `number` channels that cost least each, and refits the rest."""
-        costs = self.seen.square().sum(0) / self.inverse.diagonal()
+        costs = (self.seen.square().sum(0) / self.inverse.diagonal()).masked_fill_(self.gone, torch.inf)
         out = torch.topk(costs, number, largest=False).indices
-        stay = torch.ones_like(costs, dtype=torch.bool)
-        stay[out] = False
-        corner = torch.linalg.cholesky(self.inverse[out][:, out])
-        share = torch.cholesky_solve(self.inverse[out], corner)  # (number, all): how the rest makes up for each
-        gone = self.seen[:, out]
-        self.error += float((gone * torch.cholesky_solve(gone.T, corner).T).sum())
-        self.seen = self.seen[:, stay] - gone @ share[:, stay]
-        self.weight = self.weight[:, stay] - self.weight[:, out] @ share[:, stay]
-        self.inverse = self.inverse[stay][:, stay] - self.inverse[stay][:, out] @ share[:, stay]
-        self.kept = self.kept[stay]
+        rows = self.inverse[out]
+        corner = torch.linalg.cholesky(rows[:, out])
+        share = torch.cholesky_solve(rows, corner)  # (number, all): how the rest makes up for each
+        lost = self.seen[:, out]
+        self.error += float((lost * torch.cholesky_solve(lost.T, corner).T).sum())
+        self.seen.addmm_(lost, share, alpha=-1)
+        self.weight.addmm_(self.weight[:, out], share, alpha=-1)
+        self.inverse.addmm_(rows.T, share, alpha=-1)
+        self.gone[out] = True
+        self.left -= number
+
+    def compact(self) -> None:
+        """Closes up what is left."""
+        stay = ~self.gone
+        self.kept, self.gone = self.kept[stay], self.gone[stay]
+        self.seen, self.weight = self.seen[:, stay], self.weight[:, stay]
+        self.inverse = self.inverse[stay][:, stay]
