@@ -53,7 +53,23 @@ def test_the_page_of_a_profile_and_its_plan_come_from_the_same_numbers(
     assert "takes about" in shown
     assert "of memory" in " ".join(shown.split())
     run(monkeypatch, "frontier", str(profiled), "--out", str(tmp_path / "page.html"))
+    assert "of second order" in " ".join(capsys.readouterr().out.split())
     assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_a_measured_model_scales_what_the_frontier_expects(original: Path, profiled: Path, tmp_path: Path) -> None:
+    done = bondsmith.compress(original, tmp_path / "small", profile=str(profiled), keep=0.5)
+    plan = Plan.load(done.path / "plan.json")
+    kl = sum(row["kl"] for row in done.results["quality"]) / len(done.results["quality"])
+    plain = bondsmith.frontier(profiled)
+    scaled = bondsmith.frontier(profiled, tmp_path / "page.html", measured={"half": done.path})
+    assert [m.predicted for m in scaled.measured] == [plan.loss]
+    for before, after in zip(plain.steps, scaled.steps, strict=True):
+        assert after.loss == pytest.approx(before.loss * kl / plan.loss)
+    assert "half (measured)" in (tmp_path / "page.html").read_text()
+    for key, size in scaled.answers.items():
+        before = plain.answers[key]
+        assert size is None or before is None or (size - before) * (kl - plan.loss) >= 0
 
 
 def test_a_compression_goes_on_from_a_profile_or_a_plan_to_the_same_weights(

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from bondsmith import data as texts
 from bondsmith.data import check_spec
 from bondsmith.model.blocks import BlockRunner
-from bondsmith.model.checkpoint import open_compressed, write_json, write_shard
+from bondsmith.model.checkpoint import open_compressed, write_json
 from bondsmith.model.hub import FORMAT, load
 from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, open_source
 from bondsmith.nn.free import free_all
@@ -246,19 +244,16 @@ class _Run:
 
     def samples(self, tokenizer: Any, with_teacher: bool) -> Samples:
         """Returns the windows; made once by the main process, then read from disk."""
-        file, notes = self.work / "windows.safetensors", self.work / "windows.json"
-        if self.ranks.main and not notes.is_file():
+        if self.ranks.main and not Samples.saved(self.work):
             try:
                 found = self._read_samples(tokenizer, with_teacher)
             except ValueError:
                 if not self.started:
                     shutil.rmtree(self.directory, ignore_errors=True)
                 raise
-            write_shard(file, _tensors(found))
-            rows = [[w.documents, w.split] for w in (found.train, found.held)]
-            write_json(notes, {"windows": rows, "plain": [[p.spec, p.documents] for p in found.plain]})
+            found.save(self.work)
         self.ranks.wait()
-        return _samples(load_file(file), json.loads(notes.read_text()))
+        return Samples.load(self.work)
 
     def _read_samples(self, tokenizer: Any, with_teacher: bool) -> Samples:
         s = self.settings
@@ -401,28 +396,6 @@ def _path(source: Source) -> str:
     config = source.config.__class__.from_dict(source.config.to_dict())
     config.__dict__.pop("quantization_config", None)
     return BlockRunner(skeleton(config)).path
-
-
-def _tensors(samples: Samples) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, windows in (("train", samples.train), ("held", samples.held)):
-        tensors |= {
-            f"{name}.ids": windows.ids,
-            f"{name}.positions": windows.positions,
-            f"{name}.counts": windows.counts,
-        }
-    return tensors | {f"plain.{i}": p.ids for i, p in enumerate(samples.plain)}
-
-
-def _samples(tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> Samples:
-    train, held = (
-        Windows(tensors[f"{name}.ids"], tensors[f"{name}.positions"], tensors[f"{name}.counts"], *row)
-        for name, row in zip(("train", "held"), notes["windows"], strict=True)
-    )
-    plain = [
-        texts.Windows(spec, tensors[f"plain.{i}"], documents) for i, (spec, documents) in enumerate(notes["plain"])
-    ]
-    return Samples(train, held, tuple(plain))
 
 
 def _python_command(directory: str | Path, out: str | Path | None, settings: HealSettings) -> str:

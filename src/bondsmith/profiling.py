@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -31,9 +31,9 @@ from bondsmith.model.source import (
     skeleton,
     stored_names,
 )
-from bondsmith.recipe import METRICS, RecipeError
 from bondsmith.rundir import RunError
 from bondsmith.stages import describe, moment_files, moments
+from bondsmith.stages.layer_settings import LayerSettings as LayerSettings
 from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.probe import Probe, measure_probes
 from bondsmith.stages.profile_layers import (
@@ -54,63 +54,6 @@ Progress = Callable[[str, float], None]
 WORK = "work-layers"
 PAGE = "profile-layers.html"
 _BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """Settings of the layer profile.
-
-    Attributes:
-        blocks: which blocks; empty: the first, the one at a sixth of the depth, the middle one and the last.
-        keeps: shares of a matrix's parameters that its networks may store.
-        metric: what the networks minimise: frobenius (sequential SVD, the paper), input or loss (whitened cuts, or fitted networks).
-        sites: shape of the networks, as in `bondsmith compress`.
-        gauge: count one identity block fewer per bond of a matrix cut.
-        calibration: SPECs of the text that the moments come from; not needed for frobenius.
-        tokens: calibration tokens in all.
-        evaluation: SPECs of the text that is scored; empty: a held-out part of the calibration text.
-        windows: scored windows in all.
-        window: tokens per window.
-        tasks: lm-evaluation-harness tasks to score as well.
-        data: folder of local benchmark files, or None for hub data sets.
-        limit: rows per task.
-        batch_size: rows per forward pass of a task.
-        damping: share of the mean eigenvalue added to every second moment.
-        seed, device: as in a recipe.
-    """
-
-    blocks: tuple[int, ...] = ()
-    keeps: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
-    metric: str = "loss"
-    sites: str = "matrix"
-    gauge: bool = True
-    calibration: tuple[str, ...] = (SELF,)
-    tokens: int = 8192
-    evaluation: tuple[str, ...] = ()
-    windows: int = 4
-    window: int = 256
-    tasks: tuple[str, ...] = ()
-    data: str | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    damping: float = 1e-3
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if isinstance(f.default, tuple):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
-        if self.metric not in METRICS:
-            raise RecipeError(f"metric: {self.metric!r} is not one of {', '.join(METRICS)}")
-        if not self.keeps or not all(0 < k < 1 for k in self.keeps):
-            raise RecipeError(f"keeps: {list(self.keeps)}: shares between 0 and 1 are needed, e.g. 0.1,0.5,0.9")
-        if self.windows < 1 or self.window < 2:
-            raise RecipeError(
-                f"{self.windows} windows of {self.window} tokens: at least one window of two tokens is scored"
-            )
-        if self.tokens < self.window:
-            raise RecipeError(f"tokens: {self.tokens} do not fill one window of {self.window} tokens")
 
 
 def profile_layers(

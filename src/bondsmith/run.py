@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from bondsmith.data import SELF, Windows, read_windows, sample_windows, split_windows
 from bondsmith.limits import check_memory, device_of, free_memory
-from bondsmith.model.blocks import BlockRunner, matrices, shape, weight
+from bondsmith.model.blocks import BlockRunner, weight
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, open_source, skeleton, stored_names
 from bondsmith.recipe import Recipe
@@ -35,6 +35,7 @@ from bondsmith.stages.planning import planned
 from bondsmith.stages.probe import measure_probes
 from bondsmith.stages.profile import Profile, TableProfile
 from bondsmith.stages.scaling import parts, probe_of, scaled
+from bondsmith.stages.shapes import model_shapes, table_plans
 from bondsmith.stages.streams import Stream
 from bondsmith.stages.uniform import uniform_plan
 from bondsmith.stages.wording import size
@@ -385,27 +386,6 @@ class Run:
 
 def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def model_shapes(runner: BlockRunner) -> tuple[dict[str, tuple[int, int, int]], int]:
-    """Returns matrix name -> (block, out features, in features) in depth order, and the stored scalars outside these matrices."""
-    shapes = {
-        f"{runner.path}.{k}.{name}": (k, *shape(matrix))
-        for k, block in enumerate(runner.blocks)
-        for name, matrix in matrices(block).items()
-    }
-    state = runner.model.state_dict()
-    total = sum(state[name].numel() for name in stored_names(runner.model))
-    return shapes, total - sum(o * i for _, o, i in shapes.values())
-
-
-def table_plans(runner: BlockRunner) -> tuple[MatrixPlan, ...]:
-    """Returns embedding, and head where it has weights of its own, as they are: (vocabulary, width) matrices outside the blocks."""
-    modules = dict(runner.model.named_modules())
-    found = [runner.model.get_input_embeddings(), runner.model.get_output_embeddings()]
-    names = [next(name for name, m in modules.items() if m is module) for module in found if module is not None]
-    kept = [n for n in names if f"{n}.weight" in stored_names(runner.model)]
-    return tuple(MatrixPlan(n, -1, *modules[n].weight.shape) for n in kept)
 
 
 def tokenizer_of(model: str | Path | PreTrainedModel, source: Source) -> Any:

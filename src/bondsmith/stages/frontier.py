@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from bondsmith.recipe import Recipe
@@ -31,7 +32,7 @@ _SMALLEST = 1 / 60  # of the original at four bytes a parameter
 
 @dataclass(frozen=True)
 class Step:
-    """A plan on the frontier: bytes of its weight files, parameters of the model, predicted loss in nats a token."""
+    """A plan on the frontier: bytes of its weight files, parameters of the model, loss to be expected in nats a token."""
 
     mode: str
     bytes: int
@@ -41,17 +42,54 @@ class Step:
 
 @dataclass(frozen=True)
 class Measured:
-    """A compressed model beside the prediction: its size and its measured divergence from the original, nats a token."""
+    """A compressed model: its size, its divergence from the original as measured and as its plan predicted, nats a token.
+
+    `predicted` is None where the plan was not chosen by predicted loss.
+    """
 
     label: str
     bytes: int
     parameters: int
     kl: float
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From predicted to expected loss, through what was measured: a straight line between models on logarithmic axes, steady ratios beyond.
+
+    >>> scale = Scale.through([Measured("a", 1, 1, kl=0.3, predicted=0.1), Measured("b", 1, 1, kl=4.0, predicted=1.0)])
+    >>> [round(loss, 6) for loss in (scale.expected(0.1), scale.expected(0.01), scale.predicted(0.3))]
+    [0.3, 0.03, 0.1]
+    """
+
+    points: tuple[tuple[float, float], ...] = ()  # log predicted, log ratio
+
+    @classmethod
+    def through(cls, measured: Sequence[Measured]) -> Scale:
+        """The scale that these models set; models without a prediction say nothing of it."""
+        known = [(m.predicted, m.kl) for m in measured if m.predicted and m.kl > 0]
+        return cls(tuple(sorted((math.log(p), math.log(kl / p)) for p, kl in known)))
+
+    def expected(self, predicted: float) -> float:
+        """The loss to expect where `predicted` is predicted."""
+        if not self.points or predicted <= 0:
+            return predicted
+        x, ratio = zip(*self.points, strict=True)
+        return predicted * math.exp(float(np.interp(math.log(predicted), x, ratio)))
+
+    def predicted(self, expected: float) -> float:
+        """The largest predicted loss at which no more than `expected` is to be expected."""
+        low, high = expected / 1e3, expected * 1e3
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.expected(middle) <= expected else (low, middle)
+        return float(f"{low:.9g}")
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Predicted loss against size, and the smallest sizes for tolerated rises of perplexity (None where out of reach).
+    """Loss to be expected against size, and the smallest sizes for tolerated rises of perplexity (None where out of reach).
 
     Attributes:
         full: bytes of the original at four bytes a parameter.
@@ -65,9 +103,20 @@ class Frontier:
     answers: Mapping[tuple[str, float], int | None]
     measured: tuple[Measured, ...] = field(default=())
 
+    @property
+    def note(self) -> str:
+        """Returns what the losses are worth."""
+        if Scale.through(self.measured).points:
+            return "Predicted losses are scaled by what the measured models lost over what was predicted for them."
+        return (
+            "Predicted losses are of second order; measured ones are often two to three times as large, more where much is lost. "
+            "With models that were compressed and measured beside them (--measured DIR) they are scaled by these."
+        )
+
     def table(self) -> Table:
         """Returns how small the model can get, by tolerated rise of perplexity."""
-        table = Table("smallest weight files", *(f"{percent(r)} loss" for r in LOSSES), title=self.model)
+        heads = (f"{percent(r)} loss" for r in LOSSES)
+        table = Table("smallest weight files", *heads, title=self.model, caption=self.note)
         for mode in dict.fromkeys(mode for mode, _ in self.answers):
             cells = (self.answers[mode, rise] for rise in LOSSES)
             table.add_row(mode, *("-" if b is None else f"{size(b)} ({percent(b / self.full)})" for b in cells))
@@ -102,17 +151,18 @@ def predict_frontier(
         raise PlanError(
             f"frontier: the profile is in the {profile.metric} metric, which predicts no nats; profile with --metric loss"
         )
+    found = tuple(_measured(label, directory) for label, directory in measured.items())
+    scale = Scale.through(found)
     total = profile.other_parameters + sum(m.out_features * m.in_features for m in profile.matrices)
     steps: list[Step] = []
     answers: dict[tuple[str, float], int | None] = {}
     for i, (mode, own) in enumerate(MODES.items()):
         shared = {k: v for k, v in settings.items() if k not in own} | dict(own)
-        steps += _steps(profile, shared, mode, 4 * total)
+        steps += _steps(profile, shared, mode, 4 * total, scale)
         for j, rise in enumerate(LOSSES):
-            plan = _plan(profile, shared | {"loss": math.log1p(rise)})
+            plan = _plan(profile, shared | {"loss": scale.predicted(math.log1p(rise))})
             answers[mode, rise] = None if plan is None else plan.bytes(profile.itemsize)
             advance((i + (j + 1) / len(LOSSES)) / len(MODES))
-    found = tuple(_measured(label, directory) for label, directory in measured.items())
     return Frontier(profile.model, 4 * total, total, tuple(steps), answers, found)
 
 
@@ -145,8 +195,8 @@ def frontier_sections(frontier: Frontier) -> list[Section]:
         for m in frontier.measured
     ]
     text = [
-        "Lines: predicted divergence from the original of the best plan for each size. Second order, so large losses are underestimated; "
-        "single marks are compressed models, measured.",
+        "Lines: divergence from the original to be expected of the best plan for each size; single marks: compressed models, measured. "
+        + frontier.note,
         *(
             f"{mode}: "
             + ", ".join(
@@ -162,13 +212,13 @@ def frontier_sections(frontier: Frontier) -> list[Section]:
     ]
 
 
-def _steps(profile: Profile, settings: Mapping[str, Any], mode: str, full: int) -> list[Step]:
+def _steps(profile: Profile, settings: Mapping[str, Any], mode: str, full: int, scale: Scale) -> list[Step]:
     found = []
     for i in range(STEPS):
         share = _SMALLEST ** (i / (STEPS - 1))
         plan = _plan(profile, dict(settings) | {"bytes": f"{share * full:.0f}B"})
         if plan is not None:
-            found.append(Step(mode, plan.bytes(profile.itemsize), plan.parameters, plan.loss or 0.0))
+            found.append(Step(mode, plan.bytes(profile.itemsize), plan.parameters, scale.expected(plan.loss or 0.0)))
     return list({step.bytes: step for step in found}.values())
 
 
@@ -191,4 +241,5 @@ def _measured(label: str, directory: Path) -> Measured:
             f"{directory} was compressed with --no-evaluate: there is no measured divergence in its results.json"
         )
     kl = sum(row["kl"] for row in rows) / len(rows)
-    return Measured(label, sizes["bytes"], sizes["parameters"], kl)
+    plan = Plan.load(Path(directory) / "plan.json") if (Path(directory) / "plan.json").is_file() else None
+    return Measured(label, sizes["bytes"], sizes["parameters"], kl, plan.loss if plan else None)

@@ -7,8 +7,11 @@ minimised, others have budgets. HiGHS (through scipy) solves it by branch and bo
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -325,16 +328,17 @@ class _Problem:
 
         matrix, right = self.equalities(columns)
         cost = self.cost[columns] / self.scale
-        found = milp(
-            cost,
-            integrality=np.ones(len(columns)),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(matrix, right, right),
-                LinearConstraint(self.amounts[:, columns], -np.inf, self.limit),
-            ],
-            options={"mip_rel_gap": gap, "time_limit": seconds},
-        )
+        with _silence():
+            found = milp(
+                cost,
+                integrality=np.ones(len(columns)),
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(matrix, right, right),
+                    LinearConstraint(self.amounts[:, columns], -np.inf, self.limit),
+                ],
+                options={"mip_rel_gap": gap, "time_limit": seconds},
+            )
         if found.x is None:
             return None, np.inf, np.inf
         taken = np.flatnonzero(found.x > 0.5)
@@ -374,3 +378,21 @@ def _undominated(item: Amounts, quantities: set[str]) -> NDArray[np.int64]:
     beats = (values[:, None] <= values[None]).all(-1)
     first = np.triu(beats, 1).any(0)
     return np.sort(order[~first])
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps what HiGHS writes past Python to standard output, whatever its settings say, off the screen."""
+    sys.stdout.flush()
+    try:
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -8,17 +8,22 @@ the assistant says.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bondsmith import data
 from bondsmith.data import SELF, DataError, documents
+from bondsmith.model.checkpoint import write_json, write_shard
 
+_PARTS = ("ids", "positions", "counts")
 _LOOK_BACK = 64  # windows that are searched for room
 
 Piece = tuple[list[int], list[bool]]
@@ -76,6 +81,31 @@ class Samples:
     train: Windows
     held: Windows
     plain: tuple[data.Windows, ...]
+
+    @staticmethod
+    def saved(folder: Path) -> bool:
+        """Whether `save` has been here."""
+        return (folder / "windows.json").is_file()
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokens to `folder/windows.safetensors`, then what they come from to `folder/windows.json`."""
+        tensors = {f"plain.{i}": p.ids for i, p in enumerate(self.plain)}
+        for name, windows in (("train", self.train), ("held", self.held)):
+            tensors |= {f"{name}.{part}": getattr(windows, part) for part in _PARTS}
+        write_shard(folder / "windows.safetensors", tensors)
+        rows = [[w.documents, w.split] for w in (self.train, self.held)]
+        write_json(folder / "windows.json", {"windows": rows, "plain": [[p.spec, p.documents] for p in self.plain]})
+
+    @classmethod
+    def load(cls, folder: Path) -> Samples:
+        """Returns what `save` wrote."""
+        tensors, notes = load_file(folder / "windows.safetensors"), json.loads((folder / "windows.json").read_text())
+        train, held = (
+            Windows(tensors[f"{name}.ids"], tensors[f"{name}.positions"], tensors[f"{name}.counts"], *row)
+            for name, row in zip(("train", "held"), notes["windows"], strict=True)
+        )
+        plain = [data.Windows(spec, tensors[f"plain.{i}"], count) for i, (spec, count) in enumerate(notes["plain"])]
+        return cls(train, held, tuple(plain))
 
 
 def read_samples(
