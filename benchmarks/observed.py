@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bondsmith.model.source import load_tokenizer, load_whole, open_source
 
 KINDS = {
     "q": "self_attn.q_proj",
@@ -61,8 +63,9 @@ def observe(options: argparse.Namespace) -> dict[str, Matrix]:
     torch.set_num_threads(options.threads)
     if options.cache and options.cache.is_file():
         return {name: Matrix(*parts) for name, parts in torch.load(options.cache).items()}
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_source(options.model, Path(folder) / "source")
+        model, tokenizer = load_whole(source).requires_grad_(False), load_tokenizer(source.path)
     ids = tokenizer(read_text(options.text)[: 8 * options.tokens], return_tensors="pt").input_ids[0, : options.tokens]
     found = {f"{b}.{k}": model.get_submodule(f"model.layers.{b}.{p}") for b in options.blocks for k, p in KINDS.items()}
     C = {name: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for name, m in found.items()}

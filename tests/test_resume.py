@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -159,3 +160,29 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(
     with pytest.raises(RunError, match="are free: make room"):
         bondsmith.compress(model, tmp_path / "out", keep=0.5, calibration=[str(model / "text.txt")], tokens=1024)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_another_process_writes_is_left_alone(model: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    (partial / "work").mkdir(parents=True)
+    (partial / "work" / "kept").write_text("")
+    code = (
+        f"from pathlib import Path; from bondsmith.rundir import logging_to\n"
+        f"with logging_to(Path({str(partial / 'log.txt')!r})): print('there', flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"there\n"
+        for way in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(RunError, match=r"out\.partial is being written by another process"):
+                bondsmith.compress(model, tmp_path / "out", keep=0.5, metric="frobenius", evaluate=False, **way)
+        with pytest.raises(RunError, match="another process"):
+            bondsmith.profile(model, partial, overwrite=True)
+        assert (partial / "work" / "kept").is_file()
+    finally:
+        other.communicate(b"\n")
+    done = bondsmith.compress(
+        model, tmp_path / "out", keep=0.5, metric="frobenius", evaluate=False, overwrite=True, sites="matrix"
+    )
+    assert done.path.is_dir()

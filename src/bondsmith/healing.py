@@ -27,7 +27,7 @@ from bondsmith.nn.free import free_all
 from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
 from bondsmith.nn.simulated import simulate_rounding
 from bondsmith.recipe import grid_of
-from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, log, logging_to, move_into_place, open_directory
+from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, changes, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import quality, report
 from bondsmith.stages.healing import output
 from bondsmith.stages.healing.loop import Loop, Moment, Teacher
@@ -111,7 +111,7 @@ def heal(
         run = _Run(source, partial_place, chosen, ranks, teacher, command or _python_command(directory, out, chosen))
         run.progress, run.tell = (progress, tell) if ranks.main else (run.progress, run.tell)
         run.cache = Path(cache).expanduser().absolute() if cache else partial_place / WORK
-        with logging_to(partial_place / "log.txt") if ranks.main else nullcontext():
+        with logging_to(partial_place / LOG) if ranks.main else nullcontext():
             healing = run.guarded(finish, evaluate)
         if ranks.main:
             move_into_place(partial_place, place)

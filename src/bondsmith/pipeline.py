@@ -24,7 +24,7 @@ from bondsmith.model.source import ModelError, Source, file_digest, load_whole
 from bondsmith.planner import adopt, shared_settings
 from bondsmith.recipe import Recipe
 from bondsmith.run import Progress, Run
-from bondsmith.rundir import FINGERPRINT, RunError, log, logging_to, move_into_place, open_directory
+from bondsmith.rundir import FINGERPRINT, LOG, RunError, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
 from bondsmith.stages.reduction import fused_copies
 
@@ -83,7 +83,7 @@ def compress(
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
     directory = open_directory(out, resume, overwrite)
-    with logging_to(directory / "log.txt"):
+    with logging_to(directory / LOG):
         run = _Compression(directory, recipe, progress, command or _python_command(model, out, recipe))
         run.started = (directory / FINGERPRINT).is_file()
         try:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from bondsmith.data import check_spec
 from bondsmith.recipe import BUDGETS, Recipe
 from bondsmith.run import Progress, Run
-from bondsmith.rundir import FINGERPRINT, WORK, RunError, logging_to
+from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, check_idle, logging_to
 from bondsmith.stages.estimate import measure_speed, plan_needs
 from bondsmith.stages.frontier import Frontier, frontier_sections, predict_frontier
 from bondsmith.stages.plan import Plan, PlanError
@@ -82,7 +82,7 @@ def profile(
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
     _open(out, resume, overwrite)
-    with logging_to(out / "log.txt"):
+    with logging_to(out / LOG):
         run = Run(out, recipe, progress, shlex.join(sys.argv))
         with run.stage("open"):
             opened = run.open(model, text=recipe.needs_moments)
@@ -207,6 +207,7 @@ def shared_settings(directory: Path) -> dict[str, Any]:
 def _open(out: Path, resume: bool, overwrite: bool) -> None:
     if out.is_file():
         raise RunError(f"{out} is a file: give a directory")
+    check_idle(out)
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
             shutil.rmtree(out)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -19,6 +19,7 @@ from bondsmith.recipe import Recipe
 
 FINGERPRINT = "fingerprint.json"
 WORK = "work"
+LOG = "log.txt"
 log = logging.getLogger("bondsmith")
 
 
@@ -60,6 +61,7 @@ def open_directory(out: Path, resume: bool, overwrite: bool, replaces: bool = Fa
         raise RunError(f"{out} is a file: give a directory")
     if out.is_dir() and any(out.iterdir()) and not (overwrite or replaces):
         raise RunError(f"{out} exists and is not empty: choose another directory, or --overwrite to replace it")
+    check_idle(partial)
     if partial.exists() and not resume:
         if not overwrite:
             raise RunError(f"{partial} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
@@ -81,10 +83,39 @@ def move_into_place(partial: Path, out: Path) -> None:
     (out / FINGERPRINT).unlink()
 
 
+def check_idle(directory: Path) -> None:
+    """Nothing, or RunError if another process is writing the directory."""
+    if (directory / LOG).is_file():
+        with (directory / LOG).open("a") as handle:
+            _lock(handle, directory)
+
+
+def _lock(handle: TextIO, directory: Path) -> None:
+    """Keeps the open log of a run for this process, until it is closed; RunError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(
+            f"{directory} is being written by another process: wait for it, or choose another directory"
+        ) from error
+    except OSError:  # a file system without locks
+        return
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Writes the log of a run into a file, from the first second."""
+    """Writes the log of a run into a file, from the first second; RunError if another process does so already."""
     handler = logging.FileHandler(path, encoding="utf-8")
+    try:
+        if handler.stream is not None:
+            _lock(handler.stream, path.parent)
+    except RunError:
+        handler.close()
+        raise
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = log.level
     log.addHandler(handler)
