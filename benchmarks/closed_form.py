@@ -1,6 +1,6 @@
 """Time of closed-form compression (moments, networks, saving; no evaluation) in forward passes over the same tokens.
 
-    python benchmarks/closed_form.py MODEL --calibration FILE ... --tokens 32768
+    python benchmarks/closed_form.py MODEL --calibration FILE ... --tokens 32768 [--recipe fast]
 
 Times one forward pass of the whole model over the calibration tokens before and after the compression, in the same process.
 """
@@ -20,6 +20,7 @@ from rich.table import Table
 import bondsmith
 from bondsmith.data import split_windows
 from bondsmith.model.source import load_tokenizer, load_whole, open_source
+from bondsmith.recipe import Recipe
 
 
 @torch.no_grad()
@@ -39,7 +40,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--no-propagate", action="store_true")
-    parser.add_argument("--set", nargs="*", default=[], help="other settings, e.g. gradient_share=0.17")
+    parser.add_argument("--recipe", type=Path, help="file or name of a recipe")
+    parser.add_argument("--set", nargs="*", default=[], help="other settings, e.g. gradient_share=0.5")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(options.model, Path(folder) / "source")
@@ -51,9 +53,10 @@ def main() -> None:
         before = forward_seconds(model, ids)
         settings = {"keep": options.keep, "metric": options.metric, "propagate": not options.no_propagate}
         settings |= {name: json.loads(value) for name, value in (pair.split("=") for pair in options.set)}
-        shared = {"calibration": options.calibration, "tokens": options.tokens}
+        settings |= {"calibration": options.calibration, "tokens": options.tokens}
+        recipe = Recipe.read(options.recipe, **settings) if options.recipe else Recipe.from_settings(settings)
         start = time.perf_counter()
-        done = bondsmith.compress(source.path, Path(folder) / "out", evaluate=False, **shared, **settings)
+        done = bondsmith.compress(source.path, Path(folder) / "out", recipe, evaluate=False)
         seconds = time.perf_counter() - start
         after = forward_seconds(model, ids)
     table = Table("", "seconds", "forward passes")

@@ -265,6 +265,7 @@ def input_moments(
                 for first in range(0, len(ids), batch):
                     seen.add(*seen.run(first, streams[k].read(first, batch)))
             seen.write(folder, {})
+            del seen  # before the next block comes
         advance()
 
 

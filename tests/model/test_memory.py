@@ -1,0 +1,39 @@
+"""Memory of a process: what fits leave behind."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from bondsmith.model import memory
+
+
+def resident() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def test_what_is_freed_while_fitting_goes_back_to_the_system() -> None:
+    if not hasattr(memory._C_LIBRARY, "mallinfo2"):
+        pytest.skip("this allocator is not glibc's, or an old one")
+    memory.return_free_memory()
+    holes = [torch.ones(2_000_000) for _ in range(40)]  # below what is mapped while tokens pass
+    above = torch.ones(1000)
+    del holes
+    with memory.fitting_memory():
+        before = resident()
+        for _ in range(3):
+            large = torch.ones(12_500_000)
+            assert resident() > before + 40_000_000
+            del large
+            assert resident() < before + 5_000_000
+    assert float(above.sum()) == 1000
+
+
+def test_what_was_in_force_comes_back() -> None:
+    with pytest.raises(ValueError, match="inside"), memory.fitting_memory():
+        with memory.fitting_memory():
+            assert memory._in_force == memory._FITTING
+        assert memory._in_force == memory._FITTING
+        raise ValueError("inside")
+    assert memory._in_force == memory._PASSING
