@@ -19,7 +19,10 @@ RECIPES = [Path(__file__).parent.parent / "recipes" / f"{name}.yaml" for name in
 PAPER = Path(__file__).parent.parent / "recipes" / "paper-rules.yaml"
 
 
-@pytest.mark.parametrize("path", [*RECIPES, PAPER], ids=lambda p: p.stem)
+FAST = PAPER.with_name("fast.yaml")
+
+
+@pytest.mark.parametrize("path", [*RECIPES, PAPER, FAST], ids=lambda p: p.stem)
 def test_a_recipe_is_valid(path: Path) -> None:
     recipe = Recipe.read(path)
     assert Recipe.from_settings(recipe.to_dict()) == recipe

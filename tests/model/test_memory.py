@@ -31,9 +31,17 @@ def test_what_is_freed_while_fitting_goes_back_to_the_system() -> None:
 
 
 def test_what_was_in_force_comes_back() -> None:
-    with pytest.raises(ValueError, match="inside"), memory.fitting_memory():
-        with memory.fitting_memory():
-            assert memory._in_force == memory._FITTING
-        assert memory._in_force == memory._FITTING
-        raise ValueError("inside")
+    found = []
+
+    @memory.fitting_memory()
+    def fit(deeper: bool) -> None:
+        if deeper:
+            fit(False)
+        found.append(memory._in_force)
+        if deeper:
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fit(True)
+    assert found == [memory._FITTING] * 2
     assert memory._in_force == memory._PASSING
