@@ -26,7 +26,8 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "cut alone": {"bits": [16]},
 }
 LOSSES = (0.01, 0.03, 0.1)  # tolerated rise of perplexity
-STEPS = 14  # sizes per mode
+STEPS = 14  # sizes per mode, even on a logarithmic axis
+_NEAR_ALL = (0.95, 0.9, 0.85, 0.8)  # and of the original, where cuts begin
 _SMALLEST = 1 / 60  # of the original at four bytes a parameter
 
 
@@ -214,8 +215,8 @@ def frontier_sections(frontier: Frontier) -> list[Section]:
 
 def _steps(profile: Profile, settings: Mapping[str, Any], mode: str, full: int, scale: Scale) -> list[Step]:
     found = []
-    for i in range(STEPS):
-        share = _SMALLEST ** (i / (STEPS - 1))
+    even = [_SMALLEST ** (i / (STEPS - 1)) for i in range(STEPS)]
+    for share in sorted({*even, *_NEAR_ALL}, reverse=True):
         plan = _plan(profile, dict(settings) | {"bytes": f"{share * full:.0f}B"})
         if plan is not None:
             found.append(Step(mode, plan.bytes(profile.itemsize), plan.parameters, scale.expected(plan.loss or 0.0)))
