@@ -3,7 +3,7 @@
 glibc's allocator maps what is large from the system, and gives it back as soon as it is freed; what is smaller lies in a heap, where it
 leaves holes. It raises the size that counts as large to 32 MB on its own, and puts large things into holes that are large enough, where
 they stay resident until the heap is trimmed. So the size is fixed here: high while tokens pass, where at 1 MB a forward pass takes a
-quarter longer; low while matrices are fitted, which takes so long that mapping costs nothing, and there the holes are closed.
+quarter longer; low while matrices are fitted (small ones take a fifth longer), and there the holes are closed.
 """
 
 from __future__ import annotations
