@@ -30,6 +30,18 @@ def test_what_is_freed_while_fitting_goes_back_to_the_system() -> None:
     assert float(above.sum()) == 1000
 
 
+def test_of_another_allocator_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Preloaded:  # answers every request without glibc's heap knowing of it
+        malloc = staticmethod(lambda size: pytest.fail("memory was taken"))
+
+        @staticmethod
+        def mallinfo2() -> memory._MallocInfo:
+            return memory._MallocInfo()
+
+    monkeypatch.setattr(memory, "_C_LIBRARY", Preloaded)
+    assert memory._close_holes() == []
+
+
 def test_what_was_in_force_comes_back() -> None:
     found = []
 

@@ -106,8 +106,9 @@ def _works(device: torch.device) -> bool:
         for columns in (128, 192):
             rounded = round_to_nearest(torch.randn(64, columns, generator=generator), grid)
             x, packed = torch.randn(4, columns, generator=generator), rounded.pack().to(device)
-            ordered, scales = to_order(packed), rounded.scales.to(device)
-            y = matmul(x.to(device, torch.bfloat16), ordered, grid, scales, rounded.minima.to(device))  # type: ignore[union-attr]
+            assert rounded.minima is not None
+            ordered, scales, minima = to_order(packed), rounded.scales.to(device), rounded.minima.to(device)
+            y = matmul(x.to(device, torch.bfloat16), ordered, grid, scales, minima)
             expected = x @ rounded.dequantize().T
             if not torch.equal(from_order(ordered), packed) or (y.cpu() - expected).norm() > 0.02 * expected.norm():
                 raise ValueError("a product is wrong")
