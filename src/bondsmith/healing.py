@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from bondsmith.data import check_spec
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.checkpoint import open_compressed, write_json
 from bondsmith.model.hub import FORMAT, load
-from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, open_source
+from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, open_source, skeleton
 from bondsmith.nn.free import free_all
 from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
 from bondsmith.nn.simulated import simulate_rounding
@@ -32,7 +33,7 @@ from bondsmith.stages import quality, report
 from bondsmith.stages.healing import output
 from bondsmith.stages.healing.loop import Loop, Moment, Teacher
 from bondsmith.stages.healing.ranks import Ranks, joined
-from bondsmith.stages.healing.samples import Samples, Windows, join, read_samples
+from bondsmith.stages.healing.samples import Samples, join, read_samples
 from bondsmith.stages.healing.settings import HealError, HealSettings
 from bondsmith.stages.healing.shard import compute_again, keeps_apart, shard
 from bondsmith.stages.healing.state import States
@@ -288,7 +289,7 @@ class _Run:
         windows = join([samples.train, samples.held])
         if self.settings.resident:
             model = load_whole(original, self.ranks.device)
-            return partial(_ask_again, model, windows, self.settings.top_k, apart)
+            return lambda index: ask(model, windows, index, self.settings.top_k, apart)
         digests = {str(f): file_digest(f) for f in original.files}
         vocabulary = int(original.config.get_text_config().vocab_size)
         cache = Cache.at(self.cache, windows, digests, self.settings.top_k, vocabulary, apart)
@@ -325,9 +326,9 @@ class _Run:
         dense = reduced_matrices(self.source.config.quantization_config)
         trainable(student, self.settings.embeddings, dense)
         if self.settings.checkpoint_activations:
-            compute_again(BlockRunner(student, _path(self.source)).blocks)
+            compute_again(self.blocks(student))
         if self.ranks.several:
-            shard(student, BlockRunner(student, _path(self.source)).blocks, self.ranks)
+            shard(student, self.blocks(student), self.ranks)
         parameters = trainable(student, self.settings.embeddings, dense)
         optimizer = Steps(student, parameters, self.settings.learning_rate, self.settings.norm_rate)
         states = States(self.work, self.ranks)
@@ -345,6 +346,12 @@ class _Run:
         )
         loop.tell = self.tell_all
         return loop, freed
+
+    def blocks(self, student: PreTrainedModel) -> nn.ModuleList:
+        """Returns the student's blocks; where they are is found on the architecture as it is without networks."""
+        config = self.source.config.__class__.from_dict(self.source.config.to_dict())
+        config.__dict__.pop("quantization_config", None)
+        return BlockRunner(student, BlockRunner(skeleton(config)).path).blocks
 
     def tell_all(self, moment: Moment) -> None:
         """Passes a step on to the log, the bar and whoever else watches."""
@@ -383,19 +390,6 @@ class _Run:
             results["quality"] = quality.compare(original, healed, samples.plain, self.ranks.device, advance)
         write_json(self.directory / "results.json", results)
         report.write_report(self.directory, results)
-
-
-def _ask_again(model: PreTrainedModel, windows: Windows, k: int, apart: bool, index: torch.Tensor) -> Any:
-    return ask(model, windows, index, k, apart)
-
-
-def _path(source: Source) -> str:
-    """The path of the block list: found on the architecture as it is without networks."""
-    from bondsmith.model.source import skeleton
-
-    config = source.config.__class__.from_dict(source.config.to_dict())
-    config.__dict__.pop("quantization_config", None)
-    return BlockRunner(skeleton(config)).path
 
 
 def _python_command(directory: str | Path, out: str | Path | None, settings: HealSettings) -> str:
