@@ -1,12 +1,12 @@
 """One training step of a model and of its compressed form: time, memory, bytes that a data-parallel step exchanges.
 
-    python benchmarks/training.py MODEL --keep 0.3
+    python benchmarks/training.py MODEL --small DIR
 
-Both take the same batch in turn, in one process: forward, backward and the optimizer's step, cross entropy, embedding and head frozen,
-Adam for the original, what `bondsmith heal` uses for the networks. The limit is the ratio of the multiply-adds of a step: the trained
-matrices three times (forward, gradient of the inputs, of the weights), the frozen head twice, attention scores three times; a network in
-the form it is trained in, k (O + I). Memory is the peak of a process of its own that takes two steps, less what it held before.
-The networks are random: speed does not depend on the values in them.
+DIR is what `bondsmith compress MODEL` wrote; `--keep 0.3` instead takes random cuts of every matrix. Both models take the same batch in
+turn, in one process: forward, backward and the optimizer's step, cross entropy, embedding and head frozen, Adam for the original, what
+`bondsmith heal` uses for the compressed one. The limit is the ratio of the multiply-adds of a step: trained matrices three times (forward,
+gradient of the inputs, of the weights), frozen ones and the head twice, attention scores three times; a network in the form it is trained
+in, k (O + I). Memory is the peak of a process of its own that takes two steps, less what it held before.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from bondsmith.model.blocks import find_blocks, matrices, shape
-from bondsmith.model.hub import replace_matrices
+from bondsmith.model.hub import load, replace_matrices
 from bondsmith.model.source import Source, load_whole, open_source
 from bondsmith.nn.free import free_all
-from bondsmith.nn.linear import MPOLinear
-from bondsmith.stages.training import Steps, trainable
+from bondsmith.stages.healing.losses import token_sums
+from bondsmith.stages.training import Steps, reduced_matrices, trainable
 from bondsmith.tensor.sites import Sites
 
 
@@ -44,8 +43,9 @@ class Student:
         self.model = model
         if networks:
             free_all(model)
-            self.parameters = list(trainable(model).values())
-            self.optimizer: torch.optim.Optimizer = Steps(model, trainable(model), 0.001, 0.001)
+            chosen = trainable(model, dense=reduced_matrices(getattr(model.config, "quantization_config", None) or {}))
+            self.parameters = list(chosen.values())
+            self.optimizer: torch.optim.Optimizer = Steps(model, chosen, 0.001, 0.001)
         else:
             self.parameters = [p for n, p in model.named_parameters() if n not in ends(model)]
             for parameter in model.parameters():
@@ -65,8 +65,9 @@ class Student:
         """Returns the seconds of forward and backward, and of the optimizer."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        F.cross_entropy(logits.float(), ids[:, 1:].flatten()).backward()
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        sums = token_sums(logits, ids, torch.ones_like(ids, dtype=torch.bool), None)
+        (sums.ce / sums.tokens).backward()
         middle = time.perf_counter()
         self.optimizer.step()
         return middle - start, time.perf_counter() - middle
@@ -79,17 +80,13 @@ def ends(model: Any) -> set[str]:
 
 
 def multiply_adds(model: Any, tokens: int) -> int:
-    """Returns the multiply-adds of a training step per token."""
-    trained = 0
-    for block in model.get_submodule(find_blocks(model)):
-        for module in block.modules():
-            if isinstance(module, MPOLinear):
-                trained += sum(core.weight.numel() for core in module.cores)
-        inside = {id(c) for m in block.modules() if isinstance(m, MPOLinear) for c in m.cores}
-        trained += sum(m.weight.numel() for m in matrices(block).values() if id(m) not in inside)  # type: ignore[union-attr]
+    """Returns the multiply-adds of a training step per token; frozen weights have no gradient of their own."""
+    ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m) not in ends]
+    matrices = sum((3 if m.weight.requires_grad else 2) * m.weight.numel() for m in linear)
     config = model.config
     scores = 2 * config.num_hidden_layers * config.hidden_size * tokens / 2
-    return int(3 * trained + 2 * config.vocab_size * config.hidden_size + 3 * scores)
+    return int(matrices + 2 * config.vocab_size * config.hidden_size + 3 * scores)
 
 
 def compressed(source: Source, keep: float) -> PreTrainedModel:
@@ -106,25 +103,29 @@ def compressed(source: Source, keep: float) -> PreTrainedModel:
     return model
 
 
-def student(source: Source, keep: float | None) -> Student:
-    return Student(load_whole(source) if keep is None else compressed(source, keep), keep is not None)
+def student(source: Source, small: Path | float | None) -> Student:
+    """Returns the original, the compressed directory, or random cuts that keep a share."""
+    if small is None:
+        return Student(load_whole(source), False)
+    model = load(small, dtype=torch.float32) if isinstance(small, Path) else compressed(source, small)
+    return Student(model.train(False), True)
 
 
-def peak(model: str, keep: float | None, ids: Tensor, threads: int, answer: Connection) -> None:
+def peak(model: str, small: Path | float | None, ids: Tensor, threads: int, answer: Connection) -> None:
     """Sends the peak memory of two steps, in bytes."""
     torch.set_num_threads(threads)
     process = psutil.Process()
     before = process.memory_info().rss
-    one = student(open_source(model, Path("/nonexistent")), keep)
+    one = student(open_source(model, Path("/nonexistent")), small)
     one.step(ids), one.step(ids)
     lines = Path("/proc/self/status").read_text().splitlines()
     most = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), process.memory_info().rss)
     answer.send(most - before)
 
 
-def peak_memory(model: Path, keep: float | None, ids: Tensor) -> int:
+def peak_memory(model: Path, small: Path | float | None, ids: Tensor) -> int:
     receive, send = multiprocessing.Pipe()
-    arguments = (str(model), keep, ids, torch.get_num_threads(), send)
+    arguments = (str(model), small, ids, torch.get_num_threads(), send)
     child = multiprocessing.get_context("spawn").Process(target=peak, args=arguments)
     child.start()
     found: int = receive.recv()
@@ -135,6 +136,7 @@ def peak_memory(model: Path, keep: float | None, ids: Tensor) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--small", type=Path)
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
@@ -146,10 +148,11 @@ def main() -> None:
         ids = torch.randint(
             0, source.config.vocab_size, (options.batch, options.tokens), generator=torch.Generator().manual_seed(0)
         )
+        small = options.small or options.keep
         memory = [0, 0]
         if not options.no_memory:
-            memory = [peak_memory(source.path, keep, ids) for keep in (None, options.keep)]
-        students = [student(source, keep) for keep in (None, options.keep)]
+            memory = [peak_memory(source.path, which, ids) for which in (None, small)]
+        students = [student(source, which) for which in (None, small)]
         work = [multiply_adds(s.model, options.tokens) for s in students]
         for one in students:
             one.step(ids)
@@ -167,7 +170,7 @@ def show(
     table = Table(
         "",
         "original",
-        f"compressed, keep {options.keep:g}",
+        str(options.small or f"random cuts, keep {options.keep:g}"),
         "ratio",
         title=f"batch {options.batch} x {options.tokens} tokens",
     )

@@ -26,7 +26,14 @@ MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
 _DENSE = (nn.Linear, nn.Embedding, Conv1D)
 _SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al.'s coefficients: five steps bring every singular value to about 1
+# Odd quintics one after the other, each the best for what the one before leaves (Amsel et al. 2025): singular values from 0.003 of the
+# largest on come within 0.2 of 1, in four steps where fixed coefficients take five for 0.3
+_QUINTICS = (
+    (8.3837, -24.7659, 18.3571),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
+)
 
 
 def trainable(module: nn.Module, embeddings: bool = False, dense: Collection[str] = ()) -> dict[str, nn.Parameter]:
@@ -145,18 +152,25 @@ def _core_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def _level(matrix: Tensor) -> Tensor:
-    """Returns the orthogonal polar factor of a matrix, nearly, scaled to entries of root mean square 1."""
-    a, b, c = _QUINTIC
+    """Returns the orthogonal polar factor of a matrix, nearly, scaled to entries of root mean square 1.
+
+    All steps are taken on the Gram matrix of the small side, whose polynomials commute.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-12)
     gram = x @ x.T
-    one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    product = one
-    for _ in range(5):  # all on the small side: the polynomials commute with the Gram matrix
-        factor = a * one + b * gram + c * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
+    square = gram @ gram
+    bound = square.norm().sqrt() + 1e-30  # just above the largest eigenvalue
+    gram, square = gram / bound, square / bound.square()
+    product = None
+    for k, (a, b, c) in enumerate(_QUINTICS):
+        factor = (b * gram).add_(square, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+        if k + 1 < len(_QUINTICS):
+            gram = factor @ gram @ factor
+            square = gram @ gram
+    assert product is not None
     x = product @ x
     x = x / (x.square().mean().sqrt() + 1e-12)
     return x.T if tall else x

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from torch import Tensor
 
+from bondsmith.stages.healing import losses
 from bondsmith.stages.healing.losses import TopK, divergence, token_sums
 from bondsmith.stages.healing.samples import Windows
 from bondsmith.stages.healing.teacher import SHARD_WINDOWS, Cache, ask
@@ -22,17 +24,21 @@ def windows(count: int = SHARD_WINDOWS + 3, tokens: int = 16) -> Windows:
     return Windows(ids, positions, counts, count, 0)
 
 
+def loss(logits: Tensor, teacher: TopK) -> Tensor:
+    return divergence(logits.log_softmax(-1).gather(-1, teacher.words), teacher)
+
+
 def test_all_words_kept_is_the_divergence_itself() -> None:
     a, b = torch.randn(7, 30), torch.randn(7, 30)
     expected = torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(
         -1
     )
-    assert torch.allclose(divergence(b.log_softmax(-1), TopK.of(a, 30)), expected, atol=1e-4)
+    assert torch.allclose(loss(b, TopK.of(a, 30)), expected, atol=1e-4)
 
 
 def test_few_words_kept_is_a_lower_bound_that_grows() -> None:
     a, b = 3 * torch.randn(200, 300), 3 * torch.randn(200, 300)
-    values = [divergence(b.log_softmax(-1), TopK.of(a, k)).mean() for k in (1, 8, 64, 300)]
+    values = [loss(b, TopK.of(a, k)).mean() for k in (1, 8, 64, 300)]
     assert values == sorted(values)
     assert values[0] > 0
     assert values[2] > 0.8 * values[3]
@@ -41,7 +47,29 @@ def test_few_words_kept_is_a_lower_bound_that_grows() -> None:
 def test_its_gradient_is_that_of_the_lumped_distribution() -> None:
     a, b = torch.randn(4, 12, dtype=torch.float64), torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
     teacher = TopK(*(t if i == 0 else t.double() for i, t in enumerate((TopK.of(a, 5).words, TopK.of(a, 5).logp))))
-    assert torch.autograd.gradcheck(lambda x: divergence(x.log_softmax(-1), teacher), (b,), atol=1e-4)
+    assert torch.autograd.gradcheck(lambda x: loss(x, teacher), (b,), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_and_their_gradients_are_those_of_all_log_probabilities(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_AT_ONCE", 5 * 50)  # several parts, the last one smaller
+    data = windows(3, 9)
+    logits = (2 * torch.randn(3, 9, 50)).to(dtype).requires_grad_()
+    ids, counts = data.ids % 50, data.counts
+    teacher = TopK.of(2 * torch.randn(int(counts[:, 1:].sum()), 50), 7)
+    sums = token_sums(logits, ids, counts, teacher)
+    (found,) = torch.autograd.grad(sums.loss(0.7, 0.3), logits)
+
+    chosen = logits[:, :-1][counts[:, 1:]].float().log_softmax(-1)
+    ce = torch.nn.functional.nll_loss(chosen, ids[:, 1:][counts[:, 1:]], reduction="sum")
+    kl = divergence(chosen.gather(-1, teacher.words), teacher).sum()
+    (expected,) = torch.autograd.grad(0.7 * kl + 0.3 * ce, logits)
+    assert sums.tokens == len(chosen)
+    assert torch.allclose(sums.kl, kl, rtol=1e-4)
+    assert torch.allclose(sums.ce, ce, rtol=1e-4)
+    assert torch.allclose(found.float(), expected.float(), atol=1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_a_cache_gives_back_what_the_original_says(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ Legend: `N` tokens, `V` words, `K` kept words.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 _LEAST = 1e-6  # probability of all other words together: below this, rounding of the kept ones decides
+_AT_ONCE = 2**22  # numbers of the logits that are looked at together: they stay in the cache of a CPU
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ class TopK:
         return cls(words, values - logits.logsumexp(-1, keepdim=True))
 
 
-def divergence(logp_NV: Tensor, teacher: TopK) -> Tensor:
-    """Returns `KL(teacher || student)` per token over the kept words and the rest, in nats, (N,).
+def divergence(student_NK: Tensor, teacher: TopK) -> Tensor:
+    """Returns `KL(teacher || student)` per token over the kept words, of which the student's log-probabilities come in, and the rest.
 
-    >>> logits = torch.randn(5, 11)
-    >>> divergence(logits.log_softmax(-1), TopK.of(logits, 3)).abs().max() < 1e-5
+    In nats, (N,).
+
+    >>> top = TopK.of(torch.randn(5, 11), 3)
+    >>> divergence(top.logp, top).abs().max() < 1e-5
     tensor(True)
     """
-    student_NK = logp_NV.gather(-1, teacher.words)
     p_NK = teacher.logp.exp()
     rest_N = (1 - p_NK.sum(-1)).clamp_min(_LEAST)
     student_rest_N = (1 - student_NK.exp().sum(-1)).clamp_min(_LEAST)
@@ -67,8 +69,37 @@ class Sums:
 
 def token_sums(logits_WTV: Tensor, ids_WT: Tensor, counts_WT: Tensor, teacher: TopK | None) -> Sums:
     """Returns the sums over the counted tokens of windows; `teacher` has one row per counted token, or is None."""
-    chosen = counts_WT[:, 1:]
-    logp_NV = logits_WTV[:, :-1][chosen].float().log_softmax(-1)
-    ce = F.nll_loss(logp_NV, ids_WT[:, 1:][chosen], reduction="sum")
-    kl = divergence(logp_NV, teacher).sum() if teacher is not None else torch.zeros_like(ce)
-    return Sums(kl, ce, len(logp_NV))
+    places_N = (counts_WT[:, 1:].nonzero() * counts_WT.new_tensor([ids_WT.shape[1], 1], dtype=torch.int64)).sum(-1)
+    words = ids_WT.flatten()[places_N + 1, None]
+    if teacher is not None:
+        words = torch.cat((words, teacher.words), -1)
+    logp: Tensor = _LogProbabilities.apply(logits_WTV.flatten(0, 1), places_N, words)
+    kl = divergence(logp[:, 1:], teacher).sum() if teacher is not None else logp.new_zeros(())
+    return Sums(kl, -logp[:, 0].sum(), len(logp))
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """The log-probabilities of some words at some places: `(logits - logsumexp)[places, words]`, float32.
+
+    Autograd's own way, by `log_softmax`, an index and a gather, writes six arrays as large as the logits; this one their gradient alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, places_N: Tensor, words_NK: Tensor) -> Tensor:
+        parts = places_N.split(max(1, _AT_ONCE // logits_MV.shape[-1]))
+        sizes_N = torch.cat([logits_MV[part].float().logsumexp(-1) for part in parts])
+        ctx.save_for_backward(logits_MV, places_N, words_NK, sizes_N)
+        return logits_MV[places_N[:, None], words_NK].float() - sizes_N[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor, None, None]:
+        logits_MV, places_N, words_NK, sizes_N = ctx.saved_tensors
+        total_N = gradient_NK.sum(-1)
+        gradient_MV = torch.zeros_like(logits_MV)
+        at_once = max(1, _AT_ONCE // logits_MV.shape[-1])
+        for first in range(0, len(places_N), at_once):
+            rows = slice(first, first + at_once)
+            part = logits_MV[places_N[rows]].float().sub_(sizes_N[rows, None]).exp_().mul_(-total_N[rows, None])
+            part.scatter_add_(-1, words_NK[rows], gradient_NK[rows])
+            gradient_MV[places_N[rows]] = part.to(logits_MV.dtype)
+        return gradient_MV, None, None
