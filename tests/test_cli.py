@@ -75,6 +75,8 @@ def test_compress_writes_everything(done: Path) -> None:
     assert results["calibration"]["tokens"] >= 512
     assert all(q["perplexity"]["compressed"] > 1 and q["kl"] > 0 for q in results["quality"])
     assert len(results["quality"]) == 3
+    assert results["quality_fitted"]["text"] == "calibration"
+    assert results["quality_fitted"]["kl"] > 0
     assert results["speed"]["prefill"]["ratio"] > 0
     dense = [n for n in results["networks"] if n["sites"] is None]
     assert len(dense) == 7

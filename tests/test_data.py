@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from bondsmith.data import DataError, check_spec, read_windows, sample_windows, split_windows
+from bondsmith.data import DataError, Windows, check_spec, fitted_sample, read_windows, sample_windows, split_windows
 
 TOKENIZER = tiny_tokenizer()
 
@@ -93,3 +93,11 @@ def test_hub_data_sets_are_streamed(tmp_path: Path) -> None:
     rows(folder / "train.jsonl", "story")
     with pytest.raises(DataError, match="none of the columns text, page, messages"):
         read_windows(f"hf:{folder}", TOKENIZER, count=3, window=20)
+
+
+def test_fitted_windows_are_taken_from_all_texts_in_turn() -> None:
+    ids = [torch.full((2, 4), 1), torch.full((3, 4), 2)]
+    (sample,) = fitted_sample([Windows("a", ids[0], 2), Windows("b", ids[1], 1)], 4)
+    assert sample.spec == "calibration"
+    assert sample.ids[:, 0].tolist() == [1, 2, 1, 2]
+    assert fitted_sample([], 4) == []

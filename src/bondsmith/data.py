@@ -58,6 +58,13 @@ class Windows:
         return {"spec": self.spec, "documents": self.documents, "tokens": self.ids.numel(), "sha256": self.sha256}
 
 
+def fitted_sample(calibration: Sequence[Windows], count: int) -> list[Windows]:
+    """Returns `count` of the windows that were calibrated on, from all texts in turn, as one text; none without calibration."""
+    longest = max((len(w.ids) for w in calibration), default=0)
+    rows = [w.ids[k] for k in range(longest) for w in calibration if k < len(w.ids)][:count]
+    return [Windows("calibration", torch.stack(rows), len(rows))] if rows else []
+
+
 def check_spec(spec: str) -> None:
     """Raises DataError if a SPEC can't be read: bad form, missing file, a column that is not there, no row."""
     if spec == SELF or spec.startswith("hf:"):

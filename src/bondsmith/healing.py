@@ -40,6 +40,7 @@ from bondsmith.stages.healing.state import States
 from bondsmith.stages.healing.teacher import Cache, ask
 from bondsmith.stages.training import Steps, reduced_matrices, trainable
 
+_NO_LONGER = ("quality", "quality_fitted", "tasks", "chat")  # sections of the results that training changes
 Progress = Callable[[str, float], None]
 Tell = Callable[[Moment], None]
 
@@ -382,7 +383,7 @@ class _Run:
         file = self.source.path / "results.json"
         if not file.is_file():
             return
-        results = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("quality", "tasks", "chat")}
+        results = {k: v for k, v in json.loads(file.read_text()).items() if k not in _NO_LONGER}
         results["healing"] = healing
         if original is not None:
             healed = open_compressed(self.directory)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bondsmith.data import DataError, Windows, check_spec
+from bondsmith.data import DataError, Windows, check_spec, fitted_sample
 from bondsmith.limits import check_disk, check_memory, device_of
 from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json
 from bondsmith.model.hub import load
@@ -132,7 +132,7 @@ class _Compression(Run):
             results["blockwise"] = training
         del job, runner, opened
         if evaluate:
-            results |= self.evaluate(source, held_out)
+            results |= self.evaluate(source, held_out, calibration)
         results["seconds"] = self.seconds
         write_json(self.directory / "results.json", results)
         report.write_report(self.directory, results)
@@ -163,20 +163,24 @@ class _Compression(Run):
             self.command,
         )
 
-    def evaluate(self, source: Source, held_out: Sequence[Windows]) -> dict[str, Any]:
-        """Returns quality on held-out text and speed, measured on the model as it was written, read back."""
+    def evaluate(self, source: Source, held_out: Sequence[Windows], calibration: Sequence[Windows]) -> dict[str, Any]:
+        """Returns quality on held-out text, on text that was fitted, and speed, measured on the model as it was written, read back."""
         device = device_of(self.recipe)
         compressed = open_compressed(self.directory)
         with self.stage("quality"):
-            rows = quality.compare(source, compressed, held_out, device, lambda s: self.progress("quality", s))
+            texts = [*held_out, *fitted_sample(calibration, self.recipe.evaluation_windows)]
+            rows = quality.compare(source, compressed, texts, device, lambda s: self.progress("quality", s))
+            found: dict[str, Any] = {"quality": rows[: len(held_out)]}
+            if len(rows) > len(held_out):
+                found["quality_fitted"] = rows[-1]
         try:
             check_memory(source, 2, "measuring speed", "measure it on a larger machine")
         except RunError as reason:
-            return {"quality": rows, "speed_skipped": str(reason)}
+            return found | {"speed_skipped": str(reason)}
         with self.stage("speed"):
             models = load_whole(source, device), load(self.directory, dtype=torch.float32).to(device)
             rates = speed.compare_speed(*models, seed=self.recipe.seed, advance=lambda s: self.progress("speed", s))
-        return {"quality": rows, "speed": rates}
+        return found | {"speed": rates}
 
 
 def _python_command(model: str | Path | PreTrainedModel, out: Path, recipe: Recipe) -> str:

@@ -269,3 +269,12 @@ def test_documentation_lists_every_field() -> None:
     parts += [results["quality"][0], results["tasks"][0], results["speed"]["prefill"], results["networks"][0]]
     missing = {field for part in parts for field in part} - named - {"perplexity"}
     assert missing == set()
+
+
+def test_a_model_much_closer_on_fitted_text_is_told_to_calibrate_on_more() -> None:
+    results = smollm2_results()
+    results["quality_fitted"] = results["quality"][0] | {"text": "calibration", "kl": 0.1}
+    assert "more calibration tokens" in headline(results)
+    assert any(row.section.startswith("Text that was calibrated on (40") for row in comparison(results))
+    results["quality_fitted"]["kl"] = 0.2
+    assert "more calibration tokens" not in headline(results)

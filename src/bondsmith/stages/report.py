@@ -8,7 +8,7 @@ The schema of `results` is `docs/results.md`.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +23,7 @@ from bondsmith.stages.charts import bars, heat_map
 from bondsmith.stages.wording import count, duration, fenced, markdown, measured, number, percent, size, unbroken
 
 FORMAT = 1
+_OVERFIT = 1.5  # times the KL on fitted text from which on other text is a reason to calibrate on more
 _REQUIRED = ("bondsmith", "created", "command", "seed", "versions", "machine", "model", "settings", "size", "networks")
 _METRICS = {
     "frobenius": "every direction of the input counts alike, whatever the calibration text holds",
@@ -93,6 +94,7 @@ def comparison(results: Mapping[str, Any]) -> list[Row]:
         *_size_rows(results["size"]),
         *_healing_rows(results.get("healing")),
         *(row for text in results.get("quality", ()) for row in _quality_rows(text)),
+        *(_quality_rows(fitted, "Text that was calibrated on") if (fitted := results.get("quality_fitted")) else ()),
         *(_task_row(task) for task in results.get("tasks", ())),
         *(_speed_row(name, run) for name, run in results.get("speed", {}).items()),
     ]
@@ -112,10 +114,21 @@ def headline(results: Mapping[str, Any]) -> str:
         said.append(f"Perplexity goes {_listed(moves)}.")
         agreement = [f"{percent(text['top1'])} of cases on {text['text']}" for text in quality]
         said.append(f"Both models find the same next token most likely in {_listed(agreement)}.")
+        said.extend(_overfit(quality, results.get("quality_fitted")))
     if speed := results.get("speed"):
         runs = [f"{name} runs at {number(run['ratio'])} times the original's speed" for name, run in speed.items()]
         said.append(f"{_listed(runs).capitalize()}.")
     return " ".join(said)
+
+
+def _overfit(quality: Sequence[Mapping[str, Any]], fitted: Mapping[str, Any] | None) -> Iterator[str]:
+    """What to do where a model is much closer to its original on text that it was calibrated on."""
+    held_out = sum(text["kl"] for text in quality) / len(quality)
+    if fitted and held_out > _OVERFIT * fitted["kl"]:
+        yield (
+            f"On text that it was calibrated on the KL is {number(fitted['kl'])}, on other text {number(held_out)}: "
+            "more calibration tokens, and more kinds of text, would bring them closer."
+        )
 
 
 def _size_rows(sizes: Mapping[str, Any]) -> Iterator[Row]:
@@ -143,8 +156,8 @@ def _healing_rows(healing: Mapping[str, Any] | None) -> Iterator[Row]:
             yield Row(section, label, number(before[field]), number(after[field]), change)
 
 
-def _quality_rows(text: Mapping[str, Any]) -> Iterator[Row]:
-    section = f"{text['text']} ({text['windows']:,} windows, {text['tokens']:,} tokens)"
+def _quality_rows(text: Mapping[str, Any], name: str | None = None) -> Iterator[Row]:
+    section = f"{name or text['text']} ({text['windows']:,} windows, {text['tokens']:,} tokens)"
     before, after = text["perplexity"]["original"], text["perplexity"]["compressed"]
     yield Row(section, "Perplexity", number(before), number(after), _times(after, before))
     yield Row(section, "KL to the original, nats/token", "", measured(text["kl"], text["kl_stderr"]))
