@@ -158,9 +158,10 @@ def _level(matrix: Tensor) -> Tensor:
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-12)
     gram = x @ x.T
     square = gram @ gram
-    bound = square.norm().sqrt() + 1e-30  # just above the largest eigenvalue
+    bound = square.norm().sqrt() + 1e-12  # just above the largest eigenvalue
     gram, square = gram / bound, square / bound.square()
     product = None
     for k, (a, b, c) in enumerate(_QUINTICS):
