@@ -81,12 +81,12 @@ def ends(model: Any) -> set[str]:
 
 def multiply_adds(model: Any, tokens: int) -> int:
     """Returns the multiply-adds of a training step per token; frozen weights have no gradient of their own."""
-    ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m) not in ends]
-    matrices = sum((3 if m.weight.requires_grad else 2) * m.weight.numel() for m in linear)
+    outside = ends(model)
+    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" not in outside]
+    passes = sum((3 if m.weight.requires_grad else 2) * m.weight.numel() for m in linear)
     config = model.config
     scores = 2 * config.num_hidden_layers * config.hidden_size * tokens / 2
-    return int(matrices + 2 * config.vocab_size * config.hidden_size + 3 * scores)
+    return int(passes + 2 * config.vocab_size * config.hidden_size + 3 * scores)
 
 
 def compressed(source: Source, keep: float) -> PreTrainedModel:

@@ -110,7 +110,7 @@ def heal(
         if ranks.main:
             open_directory(place, resume or finish, overwrite, replaces=place == source.path)
         ranks.wait()
-        run = _Run(source, partial_place, chosen, ranks, teacher, command or _python_command(directory, out, chosen))
+        run = _Run(source, partial_place, chosen, ranks, teacher, command or chosen.call(directory, out))
         run.progress, run.tell = (progress, tell) if ranks.main else (run.progress, run.tell)
         run.cache = Path(cache).expanduser().absolute() if cache else partial_place / WORK
         with logging_to(partial_place / LOG) if ranks.main else nullcontext():
@@ -391,12 +391,3 @@ class _Run:
             results["quality"] = quality.compare(original, healed, samples.plain, self.ranks.device, advance)
         write_json(self.directory / "results.json", results)
         report.write_report(self.directory, results)
-
-
-def _python_command(directory: str | Path, out: str | Path | None, settings: HealSettings) -> str:
-    plain = HealSettings(settings.data).to_dict()
-    changed = {k: v for k, v in settings.to_dict().items() if k == "data" or v != plain[k]}
-    given = ", ".join(
-        [repr(str(directory)), *([repr(str(out))] if out else []), *(f"{k}={v!r}" for k, v in changed.items())]
-    )
-    return f"bondsmith.heal({given})"

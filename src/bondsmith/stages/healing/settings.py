@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from bondsmith.stages.training import cosine
@@ -117,6 +118,17 @@ class HealSettings:
         for name, choices in (("loss_on", LOSS_ON), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise HealError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+
+    def call(self, directory: str | Path, out: str | Path | None) -> str:
+        """Returns the call from Python that heals `directory` with these settings.
+
+        >>> HealSettings(("a.txt",), seed=2).call("small", None)
+        "bondsmith.heal('small', data=['a.txt'], seed=2)"
+        """
+        plain = HealSettings(self.data).to_dict()
+        changed = {k: v for k, v in self.to_dict().items() if k == "data" or v != plain[k]}
+        given = [repr(str(place)) for place in (directory, out) if place]
+        return f"bondsmith.heal({', '.join([*given, *(f'{k}={v!r}' for k, v in changed.items())])})"
 
     def check_processes(self, world: int) -> None:
         """Raises HealError unless the windows of a step can be dealt out evenly."""
