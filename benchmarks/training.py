@@ -81,8 +81,8 @@ def ends(model: Any) -> set[str]:
 
 def multiply_adds(model: Any, tokens: int) -> int:
     """Returns the multiply-adds of a training step per token; frozen weights have no gradient of their own."""
-    outside = ends(model)
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" not in outside]
+    blocks = model.get_submodule(find_blocks(model))
+    linear = [m for m in blocks.modules() if isinstance(m, torch.nn.Linear)]
     passes = sum((3 if m.weight.requires_grad else 2) * m.weight.numel() for m in linear)
     config = model.config
     scores = 2 * config.num_hidden_layers * config.hidden_size * tokens / 2
