@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,22 +25,51 @@ from torch import Tensor, nn
 from bondsmith.data import read_windows
 from bondsmith.model.blocks import matrices
 from bondsmith.model.source import load_tokenizer, load_whole, open_source
-from bondsmith.stages.moments import signed_gradient
+from bondsmith.stages.moments import signed_gradient, token_weights
 from bondsmith.tensor import Sites, whitened_cut
 
 JOINT = (("q", "k", "v"), ("gate", "up"))
 
 
-def seen(model: nn.Module, windows: Tensor, names: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns by key of `names` what each matrix reads and the gradients at its output, (tokens, features)."""
-    X: dict[str, list[Tensor]] = {key: [] for key in names}
-    G: dict[str, list[Tensor]] = {key: [] for key in names}
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the matrices of a block read, the loss gradients at their outputs, and the stream they write into, (tokens, features)."""
 
-    def hook(key: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        X[key].append(args[0].detach().flatten(0, -2))
-        out.register_hook(lambda g: G[key].append(g.flatten(0, -2)))
+    x: dict[str, Tensor]
+    g: dict[str, Tensor]
+    stream: dict[str, Tensor]
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(hook, key)) for key, name in names.items()]
+    def group(self, kind: str) -> Tensor:
+        """Norms of the gradients at all matrices that read what `kind` reads, (tokens,)."""
+        together = next((kinds for kinds in JOINT if kind in kinds), (kind,))
+        return sum(self.g[k].square().sum(1) for k in together).sqrt().clamp_min(1e-15)
+
+    def own(self, kind: str) -> Tensor:
+        """Norms of the gradients at one matrix, (tokens,)."""
+        return self.g[kind].square().sum(1).sqrt().clamp_min(1e-15)
+
+    def into(self, kind: str) -> Tensor:
+        """Token weights by the residual stream a matrix writes into; by the gradients of the group for one that does not."""
+        return token_weights(self.stream[kind]) if kind in self.stream else self.group(kind)
+
+
+def seen(model: nn.Module, windows: Tensor, block: int, names: dict[str, str]) -> Seen:
+    """Runs windows forward and back; `names` of the matrices by kind."""
+    found: dict[tuple[str, str], list[Tensor]] = {}
+
+    def keep(what: str, kind: str, rows: Tensor) -> None:
+        found.setdefault((what, kind), []).append(rows.detach().flatten(0, -2))
+
+    def hook(kind: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        keep("x", kind, args[0])
+        out.register_hook(lambda g: keep("g", kind, g))
+
+    def around(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        keep("stream", "o", args[0])
+        keep("stream", "down", out)
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, kind)) for kind, name in names.items()]
+    handles.append(model.get_submodule(f"model.layers.{block}").register_forward_hook(around))
     generator = torch.Generator().manual_seed(0)
     for row in windows:
         entering = model.get_input_embeddings()(row[None]).detach().requires_grad_()
@@ -47,7 +77,8 @@ def seen(model: nn.Module, windows: Tensor, names: dict[str, str]) -> tuple[dict
         torch.autograd.grad(logits, entering, signed_gradient(logits.detach().float().softmax(-1), generator))
     for handle in handles:
         handle.remove()
-    return {k: torch.cat(v) for k, v in X.items()}, {k: torch.cat(v) for k, v in G.items()}
+    joined = {key: torch.cat(rows) for key, rows in found.items()}
+    return Seen(*({kind: rows for (w, kind), rows in joined.items() if w == what} for what in ("x", "g", "stream")))
 
 
 def moment(rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -72,15 +103,27 @@ def loss(D: Tensor, x: Tensor, g: Tensor) -> float:
     return float(((g @ D) * x).sum(1).square().mean() / 2)
 
 
-Weigh = Callable[[Tensor, Tensor], Tensor]  # of own gradients and of all those of the group: squares of their norms
-WAYS: dict[str, tuple[Weigh | None, float]] = {
-    "two moments": (None, 0.0),
-    "B shrunk by 0.1": (None, 0.1),
-    "B shrunk by 0.3": (None, 0.3),
-    "B shrunk by 1": (None, 1.0),
-    "B by 0.1, tokens by the group's gradients": (lambda own, group: group.sqrt(), 0.1),
-    "B by 0.1, tokens by their own gradients": (lambda own, group: own.sqrt(), 0.1),
-    "B by 0.1, tokens by the squares": (lambda own, group: group, 0.1),
+def balanced(seen: Seen, kind: str) -> Tensor:
+    """`E[g g^T / |g|]`, `|g|` of the group, with the trace of `E[g g^T]`: what is left once `C` has the other half of the square."""
+    g = seen.g[kind]
+    B = moment(g, 1 / seen.group(kind))
+    return B * (g.square().sum(1).mean() / B.trace())
+
+
+Weigh = Callable[[Seen, str], Tensor | None]
+WAYS: dict[
+    str, tuple[Weigh, Weigh, float]
+] = {  # weights of tokens in `C`, `B`, and the share of its mean eigenvalue added to it
+    "two moments": (lambda s, k: None, lambda s, k: moment(s.g[k]), 0.0),
+    "B shrunk by 0.1": (lambda s, k: None, lambda s, k: moment(s.g[k]), 0.1),
+    "B shrunk by 1": (lambda s, k: None, lambda s, k: moment(s.g[k]), 1.0),
+    "B by 0.1, tokens by the group's gradients": (Seen.group, lambda s, k: moment(s.g[k]), 0.1),
+    "B by 0.1, tokens by their own gradients": (Seen.own, lambda s, k: moment(s.g[k]), 0.1),
+    "B by 0.1, tokens by the squares": (lambda s, k: s.group(k).square(), lambda s, k: moment(s.g[k]), 0.1),
+    "B by 0.1, o and down by the stream": (Seen.into, lambda s, k: moment(s.g[k]), 0.1),
+    "B balanced, by 0.1, tokens by the group's": (Seen.group, balanced, 0.1),
+    "B balanced, by 0.3, tokens by the group's": (Seen.group, balanced, 0.3),
+    "B balanced, by 0.3, o and down by the stream": (Seen.into, balanced, 0.3),
 }
 
 
@@ -108,28 +151,29 @@ def main() -> None:
     for block in options.blocks:
         names = {kind: f"model.layers.{block}.{name}" for kind, name in KINDS.items()}
         assert all(name.split(".", 3)[3] in matrices(model.model.layers[block]) for name in names.values())
-        (x, g), (xs, gs) = seen(model, fitted, names), seen(model, judged, names)
+        fit, judge = seen(model, fitted, block, names), seen(model, judged, block, names)
         W = {kind: model.get_submodule(name).weight.detach() for kind, name in names.items()}
-        squares = {kind: rows.square().sum(1) for kind, rows in g.items()}
-        group = {kind: sum(squares[k] for k in next((j for j in JOINT if kind in j), (kind,))) for kind in KINDS}
         for keep in options.keep:
-            for way, (weigh, share) in WAYS.items():
+            for way, (weigh, output_moment, share) in WAYS.items():
                 for kind in KINDS:
-                    weights = weigh(squares[kind], group[kind]) if weigh else None
-                    C, B = moment(x[kind], weights), shrunk(moment(g[kind]), share)
-                    add(keep, way, kind, loss(W[kind] - cut(W[kind], keep, C, B), xs[kind], gs[kind]))
+                    C, B = moment(fit.x[kind], weigh(fit, kind)), shrunk(output_moment(fit, kind), share)
+                    D = W[kind] - cut(W[kind], keep, C, B)
+                    add(keep, way, kind, loss(D, judge.x[kind], judge.g[kind]))
+                    add(keep, way, f"{kind} predicted", float(((B @ D @ C) * D).sum() / 2))
             for kinds in JOINT if options.joint else ():
-                C = moment(x[kinds[0]])
-                B = torch.block_diag(*[shrunk(moment(g[kind]), 0.1) for kind in kinds])
+                C = moment(fit.x[kinds[0]])
+                B = torch.block_diag(*[shrunk(moment(fit.g[kind]), 0.1) for kind in kinds])
                 together = torch.cat([W[kind] for kind in kinds])
                 D = (together - cut(together, keep, C, B)).split([len(W[kind]) for kind in kinds])
                 for kind, part in zip(kinds, D, strict=True):
-                    add(keep, "B shrunk by 0.1, one bond", kind, loss(part, xs[kind], gs[kind]))
-    table = Table("keep", "moments", *KINDS, "all")
+                    add(keep, "B shrunk by 0.1, one bond", kind, loss(part, judge.x[kind], judge.g[kind]))
+    table = Table("keep", "moments", *KINDS, "all", "predicted")
     for keep, way in dict.fromkeys((keep, way) for keep, way, _ in totals):
         row = [totals.get((keep, way, kind)) for kind in KINDS]
         whole = f"{sum(v for v in row if v is not None):.2f}" if None not in row else ""
-        table.add_row(f"{keep:g}", way, *("" if v is None else f"{v:.2f}" for v in row), whole)
+        predicted = [totals.get((keep, way, f"{kind} predicted")) for kind in KINDS]
+        both = f"{sum(v for v in predicted if v is not None):.2f}" if None not in predicted else ""
+        table.add_row(f"{keep:g}", way, *("" if v is None else f"{v:.2f}" for v in row), whole, both)
     Console(width=140).print(table)
 
 

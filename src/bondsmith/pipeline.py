@@ -26,6 +26,7 @@ from bondsmith.recipe import Recipe
 from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, LOG, RunError, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
+from bondsmith.stages.job import Job
 from bondsmith.stages.reduction import fused_copies
 
 
@@ -139,7 +140,7 @@ class _Compression(Run):
         log.info("done")
         return results
 
-    def finish_model(self, job: decompose.Job, tokenizer: Any) -> None:
+    def finish_model(self, job: Job, tokenizer: Any) -> None:
         """Writes tokenizer, index and configuration: with them the directory is a model."""
         if tokenizer is not None:
             tokenizer.save_pretrained(self.directory)
@@ -150,7 +151,7 @@ class _Compression(Run):
             networks[name]["copies"] = copies
         write_config(self.directory, job.source, networks, job.dtype, job.plan.packed())
 
-    def describe(self, job: decompose.Job, calibration: list[Windows]) -> dict[str, Any]:
+    def describe(self, job: Job, calibration: list[Windows]) -> dict[str, Any]:
         """Returns the sections of `results.json` that need no measurement."""
         return describe.describe_run(
             job.source,

@@ -50,7 +50,9 @@ class Recipe:
             or input, with a warning, where a pass back through one block does not fit into memory.
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
         propagate: fit each matrix to the inputs that the already compressed layers before it produce.
-        propagation_strength: share of the propagation correction that is applied, in [0, 1].
+        propagation_parts: of the calibration windows, each of which runs through networks that were fitted without it; so ridge and
+            strength of the corrections are judged on text that they have not seen. 1 judges nothing and halves them.
+        propagation_strength: share of the propagation correction that enters, in [0, 1].
         stream_strength: share of the error of the residual stream that a matrix which writes into it makes up for, in [0, 1].
         gauge: store one identity block fewer per bond (same operator, fewer numbers).
         calibration: SPECs of calibration text, see `bondsmith.data`.
@@ -86,8 +88,9 @@ class Recipe:
     metric: str = "auto"
     sites: str = "auto"
     propagate: bool = True
-    propagation_strength: float = 0.5
-    stream_strength: float = 0.5
+    propagation_parts: int = 4
+    propagation_strength: float = 1.0
+    stream_strength: float = 1.0
     gauge: bool = True
     calibration: tuple[str, ...] = ("self",)
     tokens: int = 32768
@@ -127,6 +130,7 @@ class Recipe:
             "seed",
             "group",
             "probe_windows",
+            "propagation_parts",
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -168,6 +172,8 @@ class Recipe:
             raise RecipeError(f"tokens: {self.tokens} do not fill one window of {self.window} tokens")
         if self.evaluation_windows < 1:
             raise RecipeError(f"evaluation_windows: {self.evaluation_windows} is less than 1")
+        if self.propagation_parts < 1:
+            raise RecipeError(f"propagation_parts: {self.propagation_parts} is less than 1")
         for name in ("propagation_strength", "stream_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name}: {getattr(self, name)} is not in [0, 1]")

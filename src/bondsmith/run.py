@@ -27,9 +27,10 @@ from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, open_source, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
-from bondsmith.stages import decompose, moment_files, moments
+from bondsmith.stages import moment_files, moments
 from bondsmith.stages.estimate import gradient_windows, memory_needed
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
+from bondsmith.stages.job import Job
 from bondsmith.stages.plan import MatrixPlan, Plan, PlanError
 from bondsmith.stages.planning import planned
 from bondsmith.stages.probe import measure_probes
@@ -133,7 +134,7 @@ class Run:
             return planned(Profile.blank(shapes, other, itemsize, blank), self.recipe)
         return uniform_plan(shapes, other, self.recipe, itemsize, tables)
 
-    def plan(self, opened: Opened, job: decompose.Job, first: Plan) -> Plan:
+    def plan(self, opened: Opened, job: Job, first: Plan) -> Plan:
         """Returns the plan to carry out: `first`, or the one that the profile of the model leads to."""
         path = self.directory / "plan.json"
         if self.recipe.plan is not None or not self.recipe.planned:
@@ -147,7 +148,7 @@ class Run:
             found.save(path)
         return Plan.load(path)
 
-    def profile(self, opened: Opened, job: decompose.Job) -> Profile:
+    def profile(self, opened: Opened, job: Job) -> Profile:
         """Returns the fast profile of all matrices, from the moments that the gradients stage left."""
         folder = self.work / "profile"
         if (folder / "profile.json").is_file():  # maybe taken over from a run that saves in another dtype
@@ -187,7 +188,7 @@ class Run:
         profile.save(folder)
         return profile
 
-    def scaled(self, opened: Opened, job: decompose.Job, profile: Profile) -> Profile:
+    def scaled(self, opened: Opened, job: Job, profile: Profile) -> Profile:
         """Returns the profile with its scale corrected by measured probes."""
 
         def seen(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,7 +219,7 @@ class Run:
                 )
         return scaled(profile, found, results)
 
-    def tables(self, opened: Opened, job: decompose.Job) -> tuple[TableProfile, ...]:
+    def tables(self, opened: Opened, job: Job) -> tuple[TableProfile, ...]:
         """Returns embedding and head with the predicted loss of rounding them."""
         seen = None
         if self.recipe.metric == "loss":
@@ -311,7 +312,7 @@ class Run:
 
     def job(
         self, source: Source, runner: BlockRunner, plan: Plan, calibration: list[Windows], dtype: torch.dtype
-    ) -> decompose.Job:
+    ) -> Job:
         """Returns the compression job: embedding and head are loaded here."""
         device = device_of(self.recipe)
         ids = torch.cat([w.ids for w in calibration]) if calibration else torch.zeros(0, 2, dtype=torch.int64)
@@ -325,7 +326,7 @@ class Run:
                 width = runner.enter(ids[:1, :2].to(device)).shape[-1]
         fisher = self.gradients_folder if self.recipe.metric == "loss" else None
         batch = max(1, _BATCH_TOKENS // ids.shape[1])
-        return decompose.Job(
+        return Job(
             runner,
             source,
             plan,
@@ -341,11 +342,11 @@ class Run:
             dtype,
         )
 
-    def gradient_ids(self, job: decompose.Job) -> torch.Tensor:
+    def gradient_ids(self, job: Job) -> torch.Tensor:
         """Returns the windows that give gradients."""
         return job.ids[: gradient_windows(self.recipe, *job.ids.shape)].to(job.device)
 
-    def gradients(self, job: decompose.Job, hybrids: bool) -> None:
+    def gradients(self, job: Job, hybrids: bool) -> None:
         """Runs forward and backward once through the original on some of the windows, where fit or plan ask for it.
 
         Args:

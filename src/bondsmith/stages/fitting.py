@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -16,22 +14,10 @@ from bondsmith.nn.packed import PackedLinear
 from bondsmith.recipe import Recipe
 from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.rounding import hybrid_layer, round_cores, rounded_dense
-from bondsmith.tensor.fit import output_difference, sequential_svd, shifted_target, whitened_cut
+from bondsmith.tensor.fit import sequential_svd, whitened_cut
 from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.weighted import fit_mpo
-
-
-@dataclass(frozen=True, eq=False)
-class Difference:
-    """How far what a layer reads is from the original's: `E[(x - xh) xh^T]`, or of its outputs, `E[(y - W xh) xh^T]`, if `moved`.
-
-    `stream` is `E[(r - rh) xh^T]` for the residual stream `r` that its output is added to, (O, I), or None where it goes elsewhere.
-    """
-
-    moment: Tensor
-    moved: bool = False
-    stream: Tensor | None = None
 
 
 @fitting_memory()
@@ -39,7 +25,7 @@ def fit_matrix(
     matrix: nn.Module,
     plan: MatrixPlan,
     C: Tensor | None,
-    D: Difference | None,
+    shift: Tensor | None,
     B: Tensor | None,
     recipe: Recipe,
     dtype: torch.dtype,
@@ -48,18 +34,13 @@ def fit_matrix(
 
     Args:
         C: moment of the inputs that the layer will see, or None for the Frobenius metric.
-        D: how far those are from the original's, or None.
+        shift: what the weight should be more than it is, for what was lost before it, (O, I), or None.
         B: moment of the loss gradient at the output, or None.
     """
     W = weight(matrix)
     bias = getattr(matrix, "bias", None)
     try:
-        target = W
-        if C is not None and D is not None:
-            moved = recipe.propagation_strength * (D.moment if D.moved else output_difference(W, D.moment))
-            if D.stream is not None:
-                moved += recipe.stream_strength * D.stream
-            target = shifted_target(W, moved, C, 1.0, recipe.damping)
+        target = W if shift is None else W + shift
         layer = _layer(target, bias, plan, C, B, recipe.damping, dtype)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bondsmith.model.tracing import HiddenBond
 
-_SHRINKAGE = 0.1  # of output moments, as a share of the mean eigenvalue
+_SHRINKAGE = 0.3  # of output moments, as a share of the mean eigenvalue
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,20 @@ class Moment:
             panel = slice(first, first + step)
             self._sum[panel, : panel.stop].addmm_(weighted_TI[:, panel].T, rows_TI[:, : panel.stop])
 
+    @classmethod
+    def joined(cls, parts: Sequence[Moment]) -> Moment:
+        """Returns the moment of the rows of all parts."""
+        whole = cls.__new__(cls)
+        whole._sum = torch.stack([part._sum for part in parts]).sum(0)
+        whole._weight, whole._rows = sum(part._weight for part in parts), sum(part._rows for part in parts)
+        whole._lower = parts[0]._lower
+        return whole
+
+    @property
+    def weight(self) -> float:
+        """Of all rows together."""
+        return self._weight
+
     @property
     def seen(self) -> bool:
         """True once there was a row."""
@@ -84,7 +98,10 @@ def token_weights(hidden_TI: Tensor) -> Tensor:
 
 
 def stream_weights(group: Group, before: Tensor, after: Tensor) -> Tensor | None:
-    """Returns token weights for matrices that write into the residual stream, by the stream they write into; None for others."""
+    """Returns token weights for matrices that write into the residual stream, by the stream they write into; None for others.
+
+    For want of gradients, which say the same and more.
+    """
     if not (group.writes and group.every_token):
         return None
     return token_weights((after if group.last else before).flatten(0, 1))
@@ -94,7 +111,8 @@ def gradient_weights(squares: Sequence[Tensor]) -> Tensor:
     """Returns token weights for matrices that read the same input: the norm of the loss gradient at all their outputs, (T,).
 
     What few tokens read decides much of the loss: all others attend to the first of a window, whose keys and values count as much as theirs
-    together. `E[w x x^T]` and `E[g g^T]` then say more than two moments that know nothing of each other.
+    together. `E[w x x^T]` and `E[g g^T / w]`, which share the square of the norm, then say more than two moments that know nothing of each
+    other.
     """
     return torch.stack(list(squares)).sum(0).sqrt().clamp_min(_LEAST_WEIGHT)
 
@@ -302,15 +320,22 @@ class _BlockSeen:
 
     def add(
         self, leaf: Tensor, out: Tensor, seen: Mapping[int, Tensor], squares: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Adds what `run` returned to the moments; `squares` of the loss gradients at the outputs of every matrix, (T,), weigh tokens."""
+    ) -> dict[str, Tensor]:
+        """Adds what `run` returned to the moments; `squares` of the loss gradients at the outputs of every matrix, (T,), weigh tokens.
+
+        Returns the weights, (T,), by the name of each matrix whose gradients gave some.
+        """
+        given: dict[str, Tensor] = {}
         for position, read in seen.items():
             group = self.groups[position]
-            weights = stream_weights(group, leaf.detach(), out.detach())
-            if weights is None and squares and group.every_token:
+            if squares and group.every_token:
                 weights = gradient_weights([squares[name] for name in group.names])
                 self.weights.setdefault(group.names[0], []).append(weights.view(out.shape[:-1]))
+                given |= dict.fromkeys(group.names, weights)
+            else:
+                weights = stream_weights(group, leaf.detach(), out.detach())
             self.C[position].add(read, weights)
+        return given
 
     def write(self, folder: Path, found: dict[str, Tensor]) -> None:
         """Writes the moments, `found` among them, and the structure of the block."""
@@ -347,7 +372,9 @@ def _block_moments(
                     moment.split()
             leaf, out, read = seen.run(first, streams[k].read(first, batch))
             gradient = torch.autograd.grad(out, leaf, gradients[k + 1].read(first, batch).to(out.device))[0]
-            seen.add(leaf, out, read, {name: m.squares for name, m in B.items() if m.squares is not None})
+            weights = seen.add(leaf, out, read, {name: m.squares for name, m in B.items() if m.came})
+            for name, moment in B.items():
+                moment.take(weights.get(name))
             yield gradient
 
     try:
@@ -360,35 +387,55 @@ def _block_moments(
     seen.write(folder, found)
 
 
-class _OutputMoment(Moment):
-    """`B` of a matrix, and the squares of the rows that came last.
+class _OutputMoment:
+    """`B` of a matrix: `E[g g^T / w]` where the group's tokens have weights `w`, with the trace of `E[g g^T]`.
 
     Once `split`, later rows also judge what the leading directions of the earlier ones are worth to a hybrid.
     """
 
     def __init__(self, matrix: nn.Module, device: torch.device):
-        super().__init__(shape(matrix)[0], device)
         self.matrix = matrix
+        self.came: list[Tensor] = []
         self.shares: UnseenShares | None = None
-        self.squares: Tensor | None = None
+        self._moment = Moment(shape(matrix)[0], device)
+        self._squares = 0.0
+
+    @property
+    def seen(self) -> bool:
+        """True once there was a row."""
+        return self._moment.seen
+
+    @property
+    def squares(self) -> Tensor:
+        """Of the norms of the rows that came last, (T,)."""
+        return self.came[-1].square().sum(1)
+
+    def take(self, weights_T: Tensor | None) -> None:
+        """Adds the rows that came, those of tokens with weights over their roots."""
+        for rows in self.came:
+            self._squares += float(rows.square().sum())
+            own = rows if weights_T is None else rows / weights_T.sqrt()[:, None]
+            self._moment.add(own)
+            if self.shares is not None:
+                self.shares.see(own)
+        self.came.clear()
 
     def split(self) -> None:
         """Chooses the directions."""
         if self.seen:
             W = weight(self.matrix)
-            self.shares = UnseenShares(self.mean("gradients"), W.amax(1) - W.amin(1))
+            self.shares = UnseenShares(self._moment.mean("gradients"), W.amax(1) - W.amin(1))
 
-    def add(self, rows_TI: Tensor, weights_T: Tensor | None = None, other_TI: Tensor | None = None) -> None:
-        super().add(rows_TI, weights_T, other_TI)
-        self.squares = rows_TI.square().sum(1)
-        if self.shares is not None:
-            self.shares.see(rows_TI)
+    def mean(self, name: str) -> Tensor:
+        """Returns `B`, (O, O); ModelError as `Moment.mean`."""
+        B = self._moment.mean(name)
+        return B * (self._squares / self._moment.weight / max(float(B.trace()), 1e-300))
 
 
-def _watch_gradient(moment: Moment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _watch_gradient(moment: _OutputMoment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if out.requires_grad:
-            out.register_hook(lambda g: moment.add(g.reshape(-1, g.shape[-1])))
+            out.register_hook(lambda g: moment.came.append(g.reshape(-1, g.shape[-1])))
 
     return hook
 
