@@ -82,20 +82,20 @@ def test_the_last_pass_is_saved_where_the_last_matrix_adds_to_the_output(
     name: str, adds: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma normalises what its MLP gives; there the block has to run once more, and both ways lead to the same model."""
-    from bondsmith.stages import decompose
+    from bondsmith.stages import propagation
 
     model = save_tiny(tmp_path / "model", name)
-    finish, found = decompose._LastMatrix.finish, []
+    finish, found = propagation._LastMatrix.finish, []
 
-    def watched(last: decompose._LastMatrix, *args: Any) -> None:
+    def watched(last: propagation._LastMatrix, *args: Any) -> None:
         found.append(last.name)
         finish(last, *args)
 
-    monkeypatch.setattr(decompose._LastMatrix, "finish", watched)
+    monkeypatch.setattr(propagation._LastMatrix, "finish", watched)
     settings = {"keep": 0.6, "stream_strength": 0.0}
     quick = compress(tmp_path / "model", text, tmp_path / "quick", **settings).load()
     assert len(found) == (2 if adds else 0)
-    monkeypatch.setattr(decompose, "added_to_stream", lambda *args: set())
+    monkeypatch.setattr(propagation, "added_to_stream", lambda *args: set())
     slow = compress(tmp_path / "model", text, tmp_path / "slow", **settings).load()
     assert len(found) == (2 if adds else 0)
     assert torch.allclose(logits(quick), logits(slow), atol=1e-3)

@@ -61,12 +61,13 @@ def test_token_weights_are_gradient_norms_and_output_moments_are_shrunk(tmp_path
     assert weights is not None
     assert weights.shape == ids.shape
     assert (weights > 0).all()
-    traces = sum(raw[f"output.self_attn.{n}_proj"].trace() for n in "qkv")  # B is a mean over tokens of g g^T
+    traces = sum(raw[f"output.self_attn.{n}_proj"].trace() for n in "qkv")  # as of means over tokens of g g^T
     assert float(weights.square().mean()) == pytest.approx(float(traces), rel=1e-3)
-    assert moment_files.load_token_weights(tmp_path, 1, "mlp.down_proj", 6) is None  # weighed by its stream
+    down = moment_files.load_token_weights(tmp_path, 1, "mlp.down_proj", 6)
+    assert float(down.square().mean()) == pytest.approx(float(raw["output.mlp.down_proj"].trace()), rel=1e-3)
     assert moment_files.load_token_weights(tmp_path, 1, "self_attn.q_proj", 7) is None  # some windows have none
     B, shrunk = raw["output.mlp.up_proj"], moment_files.load_output_moments(tmp_path, 1)["mlp.up_proj"]
-    assert torch.allclose(shrunk, B + 0.1 * B.diagonal().mean() * torch.eye(64), atol=1e-9)
+    assert torch.allclose(shrunk, B + 0.3 * B.diagonal().mean() * torch.eye(64), atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,14 +94,14 @@ def test_the_stream_is_brought_back_to_the_original(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"tokens": 8192, "window": 64, "evaluate": False, "overwrite": True, "uniform": True}
     errors = []
     for strength in (0.0, 0.5, 1.0):
-        settings |= {"stream_strength": strength, "metric": "input", "calibration": str(file)}
+        settings |= {"stream_strength": strength, "metric": "input", "calibration": str(file), "propagation_parts": 1}
         bondsmith.compress(tmp_path / "model", tmp_path / "out", keep=0.9, **settings)
         small = bondsmith.load(tmp_path / "out", dtype=torch.float32)
         with torch.no_grad():
             was, now = (m.model(input_ids=ids).last_hidden_state for m in (original, small))
         errors.append(float((now - was).norm() / was.norm()))
-    assert errors[1] < 0.97 * errors[0]
-    assert errors[2] < errors[1]
+    assert errors[1] < 0.975 * errors[0]
+    assert errors[2] < 0.955 * errors[0]
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,7 @@ class _BlockSeen:
         Returns the weights, (T,), by the name of each matrix whose gradients gave some.
         """
         given: dict[str, Tensor] = {}
+        weights: Tensor | None
         for position, read in seen.items():
             group = self.groups[position]
             if squares and group.every_token:

@@ -12,8 +12,10 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import shape, weight
@@ -26,7 +28,7 @@ from bondsmith.stages.moments import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.fit import output_difference, shifted_target
-from bondsmith.tensor.regression import LeftOut, chosen_ridge
+from bondsmith.tensor.regression import Choice, LeftOut
 
 FEW = 0.5  # strength of a correction that no part left out can judge
 
@@ -82,7 +84,7 @@ def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting, part
     leaves = k + 1 < len(job.runner) and not (
         job.recipe.blockwise and groups
     )  # a trained block leaves its stream itself
-    copies = _Copies.of(job, fitting.block, parts)
+    copies = _Copies(job, fitting.block, parts)
     last = None
     if leaves and groups and groups[-1].last and groups[-1].names[0] in added:
         last = _LastMatrix.of(job, groups[-1].names[0], fitting.block)
@@ -97,6 +99,7 @@ def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting, part
         last.finish(copies, job.stream("compressed", k + 1))
     elif leaves:
         leave(job, k, copies.of_batch)
+    copies.remove()
 
 
 @torch.no_grad()
@@ -106,27 +109,57 @@ def leave(job: Job, k: int, block_of: Callable[[int], nn.Module]) -> None:
     stream.write(job.runner.block(k, job.windows(f), job.rows(xh, f), block_of(f)) for f in job.batches())
 
 
-@dataclass(frozen=True, eq=False)
 class _Copies:
-    """Copies of the compressed block, one for each part of the windows; batches are dealt to the parts in turn."""
+    """The compressed block once for each part of the windows, one after another in memory: weights that differ wait on disk."""
 
-    job: Job
-    blocks: Sequence[nn.Module]
-
-    @classmethod
-    def of(cls, job: Job, block: nn.Module, parts: int) -> _Copies:
-        """Returns copies that share all weights of `block` until a matrix is replaced."""
+    def __init__(self, job: Job, block: nn.Module, parts: int):
+        self.parts = parts
+        self._job = job
         shared = {id(t): t for t in (*block.parameters(), *block.buffers())}
-        alone = parts < 2
-        return cls(job, [block] if alone else [copy.deepcopy(block, dict(shared)) for _ in range(parts)])
+        self._block = block if parts == 1 else copy.deepcopy(block, shared)
+        self._names: set[str] = set()
+        self._now: int | None = None
 
     def part(self, first: int) -> int:
         """Returns the part of the batch that starts at a window."""
-        return first // self.job.batch % len(self.blocks)
+        batches = self._job.batches()
+        return batches.index(first) * self.parts // len(batches)
 
     def of_batch(self, first: int) -> nn.Module:
-        """Returns the copy that has not seen the batch that starts at a window."""
-        return self.blocks[self.part(first)]
+        """Returns the copy that has not seen the batch that starts at a window; it holds until another part's is asked for."""
+        part = self.part(first)
+        if part != self._now:
+            for name in self._names:
+                self._block.set_submodule(name, self.matrix(part, name))
+            self._now = part
+        return self._block
+
+    def put(self, part: int, name: str, layer: nn.Module) -> None:
+        """Replaces a matrix of one copy by a dense one."""
+        if self.parts == 1:
+            self._block.set_submodule(name, layer)
+            return
+        bias = getattr(layer, "bias", None)
+        tensors = {"weight": weight(layer)} | ({} if bias is None else {"bias": bias.detach()})
+        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, self._file(part, name))
+        self._names.add(name)
+        self._now = None
+
+    def matrix(self, part: int, name: str) -> nn.Module:
+        """Returns a matrix of one copy."""
+        if name not in self._names:
+            return self._block.get_submodule(name)
+        tensors = load_file(self._file(part, name), str(self._job.device))
+        return dense_layer(tensors["weight"], tensors.get("bias"))
+
+    def remove(self) -> None:
+        """Deletes what waits on disk."""
+        for part in range(self.parts):
+            for name in self._names:
+                self._file(part, name).unlink()
+
+    def _file(self, part: int, name: str) -> Path:
+        return self._job.work / f"part-{part}-{name}.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,30 +206,36 @@ def _fit_group(
     full = job.full_name(k, group.names[0])
     whole = _Seen.joined(parts)
     C = whole.C.mean(full)
-    judged = len(parts) > 1 and all(part.D.seen for part in parts)
-    others = [_Seen.joined([p for p in parts if p is not part]) for part in parts] if judged else []
-    seen = [rest.C.mean(full) for rest in others]
-    left_out = [LeftOut.of(M, p.C.mean(full), p.C.weight) for M, p in zip(seen, parts, strict=False)]
-    for name in (n for n in group.names if n in fitting.planned):
-        W, plan = weight(fitting.block.get_submodule(name)), fitting.planned[name]
-        how = (W, job, full, compared, group.last)
-        if not judged:
-            shift = shifted_target(W, whole.moved(*how), C, FEW, job.recipe.damping) - W if whole.D.seen else None
+    names = [name for name in group.names if name in fitting.planned]
+    unfitted = {name: weight(fitting.block.get_submodule(name)) for name in names}
+    how = (job, full, compared, group.last)
+    if copies.parts == 1 or not all(part.D.seen for part in parts):
+        for name, W in unfitted.items():
+            shift = shifted_target(W, whole.moved(W, *how), C, FEW, job.recipe.damping) - W if whole.D.seen else None
             layer = fitting.put(name, C, shift)
-            for block in copies.blocks:
-                block.set_submodule(name, layer)
-            continue
-        moved = [rest.moved(*how) for rest in others]
-        ridge, strength = chosen_ridge(left_out, moved, [p.moved(*how) for p in parts], fitting.outputs.get(name))
+            for part in range(copies.parts):
+                copies.put(part, name, layer)
+        return
+    choices = {name: Choice(fitting.outputs.get(name)) for name in names}
+    for own in parts:
+        rest = _Seen.joined([part for part in parts if part is not own])
+        left_out = LeftOut.of(rest.C.mean(full), own.C.mean(full), own.C.weight)
+        for name, W in unfitted.items():
+            choices[name].see(left_out, rest.moved(W, *how), own.moved(W, *how))
+    for name, W in unfitted.items():
+        ridge, strength = choices[name].best()
         log.debug("%s: ridge %g, strength %.2f", job.full_name(k, name), ridge, strength)
-        shift = shifted_target(W, whole.moved(*how), C, strength, ridge) - W
+        plan, shift = fitting.planned[name], shifted_target(W, whole.moved(W, *how), C, strength, ridge) - W
         layer = fitting.put(name, C, shift)
-        for block, M, part, rest in zip(copies.blocks, moved, left_out, seen, strict=True):
-            own = strength * part.shift(M, ridge)
+        for part, own in enumerate(parts):
+            rest = _Seen.joined([p for p in parts if p is not own])
+            C_rest = rest.C.mean(full)
+            own_shift = shifted_target(W, rest.moved(W, *how), C_rest, strength, ridge) - W
             if plan.sites is not None and plan.sites.is_matrix_cut and plan.grid is None:
-                block.set_submodule(name, plain_form(fitting.fit(name, rest, own)))
+                copies.put(part, name, plain_form(fitting.fit(name, C_rest, own_shift)))
             else:  # rounding and longer chains take long: what the shifts differ by is the most of it
-                block.set_submodule(name, dense_layer(weight(layer) + own - shift, getattr(layer, "bias", None)))
+                bias = getattr(layer, "bias", None)
+                copies.put(part, name, dense_layer(weight(layer) + own_shift - shift, bias))
 
 
 def _propagated_moments(
@@ -212,7 +251,8 @@ def _propagated_moments(
     corrects: bool,
 ) -> list[_Seen]:
     """Returns what one group sees in the copies, part by part."""
-    xh, was, now = job.stream("compressed", k), *(b.get_submodule(group.names[0]) for b in (original, copies.blocks[0]))
+    xh, was = job.stream("compressed", k), original.get_submodule(group.names[0])
+    now = copies.matrix(0, group.names[0])
     (rows, width), device = shape(now), job.device
     compared = width != group.in_features
     parts = [
@@ -221,7 +261,7 @@ def _propagated_moments(
             Moment(rows if compared else width, device, width),
             Moment(rows, device, width) if corrects else None,
         )
-        for _ in copies.blocks
+        for _ in range(copies.parts)
     ]
     norms, whole = job.token_weights(k, group), ending is not None or (corrects and group.last)
     with ExitStack() as stack:
@@ -298,7 +338,7 @@ class _LastMatrix:
 
     def finish(self, copies: _Copies, leave: Stream) -> None:
         """Writes the hidden states that leave the copies to `leave`."""
-        changes = [weight(block.get_submodule(self.name)) - weight(self.starting) for block in copies.blocks]
+        changes = [weight(copies.matrix(i, self.name)) - weight(self.starting) for i in range(copies.parts)]
         job = self.job
         leave.write(job.rows(self.out, f) + job.rows(self.fed, f) @ changes[copies.part(f)].T for f in job.batches())
         self.out.remove()

@@ -1,4 +1,4 @@
-"""Ridge and strength of a regression by its parts: each is fitted to all others, and judged where it was left out.
+"""Ridge and strength of a regression by its parts: each is left out once, and judges what all others ask for.
 
 Legend: `x` what is read, (I,), `e` what is to be made up for, (O,), `C = E[x x^T]`, `M = E[e x^T]`, `B` `(O, O)` the metric of errors.
 """
@@ -34,45 +34,38 @@ class LeftOut:
     def of(cls, others: Tensor, own: Tensor, weight: float) -> LeftOut:
         """Returns the part with moment `own`; `others` is that of all other parts together, both (I, I)."""
         values, vectors = torch.linalg.eigh(others.to(torch.float64))
-        values, vectors = values.clamp_min(0).float(), vectors.float()
-        return cls(values, vectors, vectors.T @ own.float() @ vectors, weight)
-
-    def solve(self, moved: Tensor, ridge: float) -> Tensor:
-        """`M (C + ridge * mean(diag))^-1` for an (O, I) `M`, `C` that of all others; in the eigenbasis."""
-        return moved.float() @ self.vectors / (self.values + ridge * self.values.mean()).clamp_min(1e-30)
-
-    def shift(self, moved: Tensor, ridge: float) -> Tensor:
-        """The same in the basis that `M` came in."""
-        return self.solve(moved, ridge) @ self.vectors.T
+        vectors = vectors.float()
+        return cls(values.clamp_min(0).float(), vectors, vectors.T @ own.float() @ vectors, weight)
 
 
-def chosen_ridge(
-    parts: Sequence[LeftOut],
-    others: Sequence[Tensor],
-    own: Sequence[Tensor],
-    output_moment: Tensor | None = None,
-    ridges: Sequence[float] = RIDGES,
-) -> tuple[float, float]:
-    """The ridge, and the strength in [0, 1], at which `X = strength * M (C + ridge * mean(diag))^-1` lowers `E |e - X x|_B^2` most.
+class Choice:
+    """Finds the ridge, and the strength in [0, 1], at which `X = strength * M (C + ridge * mean(diag))^-1` lowers `E |e - X x|_B^2` most.
 
-    The error is that of every part under the `X` that all others ask for. Strength 0 says that no `X` lowers it.
-
-    Args:
-        others: `M` of all parts but one, for each.
-        own: `M` of each part, (O, I).
-        output_moment: `B`, or None for the identity.
+    >>> C, M = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    >>> choice = Choice()
+    >>> choice.see(LeftOut.of(C, C, 1.0), M, M)
+    >>> choice.best()
+    (0.003, 1.0)
     """
-    best = (0.0, ridges[-1], 0.0)
-    rotated = [M.float() @ part.vectors for part, M in zip(parts, own, strict=True)]
-    for ridge in ridges:
-        gain = cost = 0.0
-        for part, rest, M in zip(parts, others, rotated, strict=True):
-            X = part.solve(rest, ridge)
-            BX = X if output_moment is None else output_moment.float() @ X
-            gain += part.weight * float((BX * M).sum())
-            cost += part.weight * float((BX * (X @ part.moment)).sum())
-        strength = min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0
-        lowered = 2 * strength * gain - strength**2 * cost
-        if lowered > best[0]:
-            best = (lowered, ridge, strength)
-    return best[1], best[2]
+
+    def __init__(self, output_moment: Tensor | None = None, ridges: Sequence[float] = RIDGES):
+        self.ridges = ridges
+        self._B = None if output_moment is None else output_moment.float()
+        self._gain, self._cost = [0.0] * len(ridges), [0.0] * len(ridges)
+
+    def see(self, part: LeftOut, others: Tensor, own: Tensor) -> None:
+        """Judges on one part, with its `M` and that of all others, (O, I)."""
+        asked, given = others.float() @ part.vectors, own.float() @ part.vectors
+        for i, ridge in enumerate(self.ridges):
+            X = asked / (part.values + ridge * part.values.mean()).clamp_min(1e-30)
+            BX = X if self._B is None else self._B @ X
+            self._gain[i] += part.weight * float((BX * given).sum())
+            self._cost[i] += part.weight * float((BX * (X @ part.moment)).sum())
+
+    def best(self) -> tuple[float, float]:
+        """Returns ridge and strength; strength 0 where no `X` lowers the error."""
+        found = (0.0, self.ridges[-1], 0.0)
+        for ridge, gain, cost in zip(self.ridges, self._gain, self._cost, strict=True):
+            strength = min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0
+            found = max(found, (2 * strength * gain - strength**2 * cost, ridge, strength))
+        return found[1:]
