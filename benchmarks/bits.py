@@ -36,7 +36,7 @@ from bondsmith.model.blocks import BlockRunner, find_blocks, matrices, weight
 from bondsmith.model.hub import BondsmithConfig, attach, pack_embedding, packed_section
 from bondsmith.model.tracing import capture_inputs, trace_groups
 from bondsmith.nn.packed import PackedEmbedding, PackedLinear, PackedMatrix
-from bondsmith.stages.moments import Moment, stream_weights
+from bondsmith.stages.moment import Moment, stream_weights
 from bondsmith.stages.speed import _decode, time_prefill
 from bondsmith.tensor.gptq import gptq
 from bondsmith.tensor.rounding import Grid, round_to_nearest

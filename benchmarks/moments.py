@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from bondsmith.data import read_windows
 from bondsmith.model.blocks import matrices
 from bondsmith.model.source import load_tokenizer, load_whole, open_source
-from bondsmith.stages.moments import signed_gradient, token_weights
+from bondsmith.stages.moment import token_weights
+from bondsmith.stages.moments import signed_gradient
 from bondsmith.tensor import Sites, whitened_cut
 
 JOINT = (("q", "k", "v"), ("gate", "up"))

@@ -284,6 +284,10 @@ class Recipe:
         """True unless the metric looks at the weights alone."""
         return self.metric != "frobenius"
 
+    def parts(self, batches: int) -> int:
+        """Returns in how many parts propagation deals so many batches: a training that follows sees all of them anyway."""
+        return 1 if self.blockwise or not self.propagate else max(1, min(self.propagation_parts, batches))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain data, in field order."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -60,8 +60,9 @@ def test_no_copy_is_fitted_to_the_windows_that_run_through_it(home: Path, monkey
     other[0] = ids[1].flip(0)  # one window of the first part is another text
     was, now = (fitted(home, i, monkeypatch, stream_strength=0.0) for i in (ids, other))
     assert {part for part, _ in was} == {0, 1, 2, 3}
-    same = [part for part in range(4) if torch.equal(was[part, NAME], now[part, NAME])]
-    assert same == [0]
+    moved = [float((was[part, NAME] - now[part, NAME]).norm() / was[part, NAME].norm()) for part in range(4)]
+    assert moved[0] < 1e-4
+    assert min(moved[1:]) > 10 * moved[0]
 
 
 @pytest.mark.parametrize("sites", ["matrix", "interleaved:2"])

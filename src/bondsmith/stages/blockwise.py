@@ -20,7 +20,7 @@ from bondsmith.model.blocks import BlockRunner
 from bondsmith.nn.free import free_all, pivot_all
 from bondsmith.nn.packed import train_scales
 from bondsmith.recipe import Recipe
-from bondsmith.stages.moments import token_weights
+from bondsmith.stages.moment import token_weights
 from bondsmith.stages.streams import Stream
 from bondsmith.stages.training import Steps, cosine, trainable
 

@@ -26,8 +26,8 @@ from bondsmith.nn.packed import saved_state
 from bondsmith.stages import blockwise
 from bondsmith.stages.fitting import fit_matrix, plain_form
 from bondsmith.stages.job import Job
+from bondsmith.stages.moment import Moment, stream_weights
 from bondsmith.stages.moment_files import load_output_moments
-from bondsmith.stages.moments import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.propagation import Fitting, fit_propagated, leave, traced_groups
 from bondsmith.stages.reduction import drop_channels
@@ -99,9 +99,8 @@ def _compress_block(job: Job, k: int) -> None:
         for name in planned:
             put(name, None, None)
     elif job.recipe.propagate:
-        parts = 1 if job.recipe.blockwise else min(job.recipe.propagation_parts, len(job.batches()))
         fitting = Fitting(compressed, planned, outputs, lambda *how: fit(*how)[0], put)
-        fit_propagated(job, k, original, fitting, parts)
+        fit_propagated(job, k, original, fitting)
     else:
         _fit_from_original(job, k, original, planned, put)
     for name, layer in layers.items():

@@ -26,6 +26,7 @@ from bondsmith.stages.plan import MatrixPlan, Needs, Plan, PlanError
 from bondsmith.stages.profile import Profile
 from bondsmith.stages.uniform import uniform_plan
 from bondsmith.stages.wording import count, duration, number, size
+from bondsmith.tensor.regression import RIDGES
 from bondsmith.tensor.sites import parse_sites
 
 # One calibration window in six also gives gradients, since a backward pass costs four times a forward pass; but so many tokens at least.
@@ -285,7 +286,8 @@ def _memory(facts: Facts, recipe: Recipe, sampling: bool = True) -> dict[str, fl
     if not recipe.needs_moments:
         return found | {"fit": max(24.0 * o * i for _, o, i in facts.shapes.values())}
     rows = [o * i for _, o, i in facts.shapes.values()], [i * i for _, _, i in facts.shapes.values()]
-    fit = max(24.0 * oi + 40.0 * ii for oi, ii in zip(*rows, strict=True))
+    parts = 8.0 if recipe.parts(recipe.tokens // _BATCH_TOKENS) > 1 else 0.0  # moments of one part, and of all others
+    fit = max(24.0 * oi + 40.0 * ii + parts * (2 * ii + oi) for oi, ii in zip(*rows, strict=True))
     passing = 4.0 * _BATCH_TOKENS * max(sum(o + i for o, i in facts.block(k)) for k in range(facts.blocks)) / 2
     gradients = _gradient_memory(facts, recipe) if recipe.metric == "loss" else 0.0
     stage = "fit of the largest matrix" if fit >= gradients else "gradients"
@@ -357,7 +359,13 @@ def _seconds(facts: Facts, recipe: Recipe, plan: Plan, speed: Speed | None) -> d
         found["passes and moments"] = recipe.tokens * (passes * inside * _FORWARD + 2.0 * moments) / speed.single
     if recipe.planned:
         found["profile"] = sum(_fit_seconds(m, recipe.changed(propagate=False), speed) for m in plan.matrices)
-    found["networks"] = sum(_fit_seconds(m, recipe, speed) for m in plan.matrices if m.sites is not None)
+    networks = [m for m in plan.matrices if m.sites is not None]
+    found["networks"] = sum(_fit_seconds(m, recipe, speed) for m in networks)
+    parts = recipe.parts(recipe.tokens // _BATCH_TOKENS)
+    if parts > 1:
+        cuts = [m for m in networks if m.sites is not None and m.sites.is_matrix_cut and m.grid is None]
+        judged = sum(_judge_seconds(m, speed) for m in plan.matrices if m.fitted)
+        found["parts left out"] = parts * (sum(_fit_seconds(m, recipe, speed) for m in cuts) + judged)
     if recipe.needs_moments:
         rounded = [m for m in (*plan.matrices, *plan.tables) if m.grid is not None]
         found["rounding"] = sum(_ROUNDING * m.rows * m.columns**2 for m in rounded) / speed.double
@@ -372,6 +380,12 @@ def _fit_seconds(matrix: MatrixPlan, recipe: Recipe, speed: Speed) -> float:
     solve = columns**2 * (rows + columns) if recipe.needs_moments and recipe.propagate else 0
     many = 1 if matrix.sites is None or matrix.sites.is_matrix_cut else 6
     return many * (roots * speed.eigh * (n / 1024) ** 3 + (products + solve) / speed.double)
+
+
+def _judge_seconds(matrix: MatrixPlan, speed: Speed) -> float:
+    """Returns the seconds in which all ridges are judged on one part; matrices with one input share its eigenvectors, about two do."""
+    rows, columns = matrix.rows, matrix.columns
+    return speed.eigh * (columns / 1024) ** 3 / 2 + len(RIDGES) * rows * columns * (rows + columns) / speed.single
 
 
 def measure_speed(device: torch.device | str = "cpu", seconds: float = 0.4) -> Speed:

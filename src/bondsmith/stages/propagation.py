@@ -9,7 +9,7 @@ never saw, and so are the errors to make up for. Ridge and strength of each regr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from bondsmith.model.tracing import Group, added_to_stream, capture_inputs, trac
 from bondsmith.rundir import log
 from bondsmith.stages.fitting import dense_layer, plain_form
 from bondsmith.stages.job import Job
-from bondsmith.stages.moments import Moment, stream_weights
+from bondsmith.stages.moment import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.fit import output_difference, shifted_target
@@ -69,11 +69,10 @@ class Fitting:
 
 
 @torch.no_grad()
-def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting, parts: int) -> None:
+def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting) -> None:
     """Group after group, copies of the block run up to it; the original's inputs come from one pass kept on disk.
 
-    Args:
-        parts: of the windows; with one, the compressed block itself takes the place of the copies.
+    Where the windows make up one part only, the compressed block itself takes the place of the copies.
     """
     x, after = job.stream("original", k), job.stream("original", k + 1)
     groups, every = traced_groups(job, k, original, x, fitting.planned)
@@ -84,7 +83,7 @@ def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting, part
     leaves = k + 1 < len(job.runner) and not (
         job.recipe.blockwise and groups
     )  # a trained block leaves its stream itself
-    copies = _Copies(job, fitting.block, parts)
+    copies = _Copies(job, fitting.block, job.recipe.parts(len(job.batches())))
     last = None
     if leaves and groups and groups[-1].last and groups[-1].names[0] in added:
         last = _LastMatrix.of(job, groups[-1].names[0], fitting.block)
@@ -92,7 +91,7 @@ def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting, part
         ending = last if group.last else None
         corrects = bool(job.recipe.stream_strength) and group.names[0] in added
         compared = shape(fitting.block.get_submodule(group.names[0]))[1] != group.in_features
-        found = _propagated_moments(job, k, original, copies, group, before, x, after, ending, corrects)
+        found = _seen_by_part(job, k, original, copies, group, before, x, after, ending, corrects)
         _fit_group(job, k, group, fitting, copies, found, compared)
         before.remove()
     if last is not None:
@@ -176,13 +175,10 @@ class _Seen:
     D: Moment
     R: Moment | None
 
-    @classmethod
-    def joined(cls, parts: Sequence[_Seen]) -> _Seen:
-        """Returns the sums over all windows of `parts`."""
-        R = [part.R for part in parts if part.R is not None]
-        return cls(
-            Moment.joined([p.C for p in parts]), Moment.joined([p.D for p in parts]), Moment.joined(R) if R else None
-        )
+    def plus(self, other: _Seen, sign: float = 1.0) -> _Seen:
+        """Returns the sums over the windows of both, or with sign -1 those without the windows of `other`."""
+        R = None if self.R is None or other.R is None else self.R.plus(other.R, sign)
+        return _Seen(self.C.plus(other.C, sign), self.D.plus(other.D, sign), R)
 
     def moved(self, W: Tensor, job: Job, name: str, compared: bool, last: bool) -> Tensor:
         """`E[e xh^T]`, (O, I) in float64, of what a matrix with weight `W` is to make up for.
@@ -199,46 +195,78 @@ class _Seen:
         return moved
 
 
+class _Parts:
+    """What one group sees, in all and part by part; the parts wait on disk."""
+
+    def __init__(self, job: Job, seen: Iterator[_Seen]):
+        self._job = job
+        self.whole = next(seen)
+        torch.save(self.whole, self._file(0))
+        self.count, self.judge = 1, self.whole.D.seen
+        for part in seen:
+            torch.save(part, self._file(self.count))
+            self.whole = self.whole.plus(part)
+            self.count, self.judge = self.count + 1, self.judge and part.D.seen
+
+    def __iter__(self) -> Iterator[tuple[_Seen, _Seen]]:
+        """Yields each part, and all others together."""
+        for i in range(self.count):
+            part = torch.load(self._file(i), weights_only=False)
+            yield part, self.whole.plus(part, -1.0)
+
+    def remove(self) -> None:
+        """Deletes what waits on disk."""
+        for i in range(self.count):
+            self._file(i).unlink()
+
+    def _file(self, part: int) -> Path:
+        return self._job.work / f"part-{part}.pt"
+
+
 def _fit_group(
-    job: Job, k: int, group: Group, fitting: Fitting, copies: _Copies, parts: Sequence[_Seen], compared: bool
+    job: Job, k: int, group: Group, fitting: Fitting, copies: _Copies, seen: Iterator[_Seen], compared: bool
 ) -> None:
     """Fits the matrices of a group, and those of the copies to all parts but their own."""
     full = job.full_name(k, group.names[0])
-    whole = _Seen.joined(parts)
+    parts = _Parts(job, seen)
+    whole = parts.whole
     C = whole.C.mean(full)
     names = [name for name in group.names if name in fitting.planned]
     unfitted = {name: weight(fitting.block.get_submodule(name)) for name in names}
     how = (job, full, compared, group.last)
-    if copies.parts == 1 or not all(part.D.seen for part in parts):
+    if parts.count == 1 or not parts.judge:
         for name, W in unfitted.items():
             shift = shifted_target(W, whole.moved(W, *how), C, FEW, job.recipe.damping) - W if whole.D.seen else None
             layer = fitting.put(name, C, shift)
-            for part in range(copies.parts):
+            for part in range(parts.count):
                 copies.put(part, name, layer)
+        parts.remove()
         return
     choices = {name: Choice(fitting.outputs.get(name)) for name in names}
-    for own in parts:
-        rest = _Seen.joined([part for part in parts if part is not own])
-        left_out = LeftOut.of(rest.C.mean(full), own.C.mean(full), own.C.weight)
+    for own, others in parts:
+        left_out = LeftOut.of(others.C.mean(full), own.C.mean(full), own.C.weight)
         for name, W in unfitted.items():
-            choices[name].see(left_out, rest.moved(W, *how), own.moved(W, *how))
+            choices[name].see(left_out, others.moved(W, *how), own.moved(W, *how))
+    best, shifts, layers = {name: choice.best() for name, choice in choices.items()}, {}, {}
     for name, W in unfitted.items():
-        ridge, strength = choices[name].best()
+        ridge, strength = best[name]
         log.debug("%s: ridge %g, strength %.2f", job.full_name(k, name), ridge, strength)
-        plan, shift = fitting.planned[name], shifted_target(W, whole.moved(W, *how), C, strength, ridge) - W
-        layer = fitting.put(name, C, shift)
-        for part, own in enumerate(parts):
-            rest = _Seen.joined([p for p in parts if p is not own])
-            C_rest = rest.C.mean(full)
-            own_shift = shifted_target(W, rest.moved(W, *how), C_rest, strength, ridge) - W
+        shifts[name] = shifted_target(W, whole.moved(W, *how), C, strength, ridge) - W
+        layers[name] = fitting.put(name, C, shifts[name])
+    for part, (_, others) in enumerate(parts):
+        C_others = others.C.mean(full)
+        for name, W in unfitted.items():
+            ridge, strength = best[name]
+            plan, shift = fitting.planned[name], shifted_target(W, others.moved(W, *how), C_others, strength, ridge) - W
             if plan.sites is not None and plan.sites.is_matrix_cut and plan.grid is None:
-                copies.put(part, name, plain_form(fitting.fit(name, C_rest, own_shift)))
+                copies.put(part, name, plain_form(fitting.fit(name, C_others, shift)))
             else:  # rounding and longer chains take long: what the shifts differ by is the most of it
-                bias = getattr(layer, "bias", None)
-                copies.put(part, name, dense_layer(weight(layer) + own_shift - shift, bias))
+                bias = getattr(layers[name], "bias", None)
+                copies.put(part, name, dense_layer(weight(layers[name]) + shift - shifts[name], bias))
+    parts.remove()
 
 
-def _propagated_moments(
+def _seen_by_part(
     job: Job,
     k: int,
     original: nn.Module,
@@ -249,46 +277,42 @@ def _propagated_moments(
     after: Stream,
     ending: _LastMatrix | None,
     corrects: bool,
-) -> list[_Seen]:
-    """Returns what one group sees in the copies, part by part."""
+) -> Iterator[_Seen]:
+    """Yields what one group sees in the copies, part by part."""
     xh, was = job.stream("compressed", k), original.get_submodule(group.names[0])
     now = copies.matrix(0, group.names[0])
     (rows, width), device = shape(now), job.device
     compared = width != group.in_features
-    parts = [
-        _Seen(
-            Moment(width, device),
-            Moment(rows if compared else width, device, width),
-            Moment(rows, device, width) if corrects else None,
-        )
-        for _ in range(copies.parts)
-    ]
     norms, whole = job.token_weights(k, group), ending is not None or (corrects and group.last)
     with ExitStack() as stack:
         keep = stack.enter_context(ending.writer()) if ending else None
-        for first in job.batches():
-            block, part = copies.of_batch(first), parts[copies.part(first)]
-            with capture_inputs(block, [group], stop=not whole) as seen:
-                out = job.runner.block(k, job.windows(first), job.rows(xh, first), block)
-            if keep is not None:
-                keep(out, seen[0])
-            if not group.every_token:
-                if 0 in seen:
-                    part.C.add(seen[0])
-                continue
-            if norms is not None:
-                w: Tensor | None = job.of_batch(norms, first)
-            else:
-                w = stream_weights(group, job.rows(x, first), job.rows(after, first))
-            part.C.add(seen[0], w)
-            was_seen = job.rows(before, first).flatten(0, 1)
-            part.D.add(
-                was_seen @ weight(was).T - seen[0] @ weight(now).T if compared else was_seen - seen[0], w, seen[0]
-            )
-            if part.R is not None:
-                error = job.rows(after, first) - out if group.last else job.rows(x, first) - job.rows(xh, first)
-                part.R.add(error.flatten(0, 1), w, seen[0])
-    return parts
+        for part in range(copies.parts):
+            C, D = Moment(width, device), Moment(rows if compared else width, device, width)
+            R = Moment(rows, device, width) if corrects else None
+            for first in job.batches():
+                if copies.part(first) != part:
+                    continue
+                block = copies.of_batch(first)
+                with capture_inputs(block, [group], stop=not whole) as seen:
+                    out = job.runner.block(k, job.windows(first), job.rows(xh, first), block)
+                if keep is not None:
+                    keep(out, seen[0])
+                if not group.every_token:
+                    if 0 in seen:
+                        C.add(seen[0])
+                    continue
+                if norms is not None:
+                    w: Tensor | None = job.of_batch(norms, first)
+                else:
+                    w = stream_weights(group, job.rows(x, first), job.rows(after, first))
+                C.add(seen[0], w)
+                was_seen = job.rows(before, first).flatten(0, 1)
+                moved = was_seen @ weight(was).T - seen[0] @ weight(now).T if compared else was_seen - seen[0]
+                D.add(moved, w, seen[0])
+                if R is not None:
+                    error = job.rows(after, first) - out if group.last else job.rows(x, first) - job.rows(xh, first)
+                    R.add(error.flatten(0, 1), w, seen[0])
+            yield _Seen(C, D, R)
 
 
 def _keep_inputs(
