@@ -21,7 +21,8 @@ from rich.table import Table
 
 from bondsmith.model.facts import read_facts
 from bondsmith.recipe import Recipe
-from bondsmith.stages.estimate import Estimate, estimate, measure_speed
+from bondsmith.stages.estimate import Estimate, estimate
+from bondsmith.stages.rates import measure_speed
 from bondsmith.stages.wording import duration, number, size
 
 CHILD = """

@@ -24,12 +24,13 @@ from bondsmith.data import check_spec
 from bondsmith.recipe import BUDGETS, Recipe
 from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, check_idle, logging_to
-from bondsmith.stages.estimate import measure_speed, plan_needs
+from bondsmith.stages.estimate import plan_needs
 from bondsmith.stages.frontier import Frontier, frontier_sections, predict_frontier
 from bondsmith.stages.plan import Plan, PlanError
 from bondsmith.stages.planning import planned
 from bondsmith.stages.profile import Profile
 from bondsmith.stages.profile_page import fast_sections, write_page
+from bondsmith.stages.rates import measure_speed
 
 PAGE = "profile.html"
 SHARED = (

@@ -17,8 +17,9 @@ from bondsmith import cli
 from bondsmith.model.facts import read_facts
 from bondsmith.model.source import ModelError
 from bondsmith.recipe import Recipe, RecipeError
-from bondsmith.stages.estimate import Speed, estimate, measure_speed, smallest_plan
+from bondsmith.stages.estimate import estimate, smallest_plan
 from bondsmith.stages.plan import PlanError
+from bondsmith.stages.rates import Speed, measure_speed
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],

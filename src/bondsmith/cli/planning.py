@@ -183,13 +183,14 @@ def estimate(
     """Show what compressing MODEL would give and take, from its configuration alone: sizes, memory, disk and time."""
     from bondsmith.model.facts import read_facts
     from bondsmith.recipe import Recipe
-    from bondsmith.stages import estimate as stage
+    from bondsmith.stages.estimate import estimate as estimated
+    from bondsmith.stages.rates import measure_speed
 
     chosen: dict[str, Any] = {"keep": keep, "bytes": bytes_, "dtype": dtype, "sites": sites, "metric": metric}
     chosen |= {"calibration": calibration, "tokens": tokens, "keep_dense": keep_dense}
     chosen |= {"gauge": False if no_gauge else None, "propagate": False if no_propagate else None}
     settings = Recipe.from_settings(given(chosen))
-    for table in stage.estimate(read_facts(model), settings, stage.measure_speed()).tables():
+    for table in estimated(read_facts(model), settings, measure_speed()).tables():
         out.print(table)
 
 

@@ -9,7 +9,6 @@ Legend: `O, I` out and in features of a matrix, `n` its smaller side.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -24,6 +23,7 @@ from bondsmith.model.facts import Facts
 from bondsmith.recipe import UNROUNDED, Recipe, RecipeError, parse_bytes
 from bondsmith.stages.plan import MatrixPlan, Needs, Plan, PlanError
 from bondsmith.stages.profile import Profile
+from bondsmith.stages.rates import Speed
 from bondsmith.stages.uniform import uniform_plan
 from bondsmith.stages.wording import count, duration, number, size
 from bondsmith.tensor.regression import RIDGES
@@ -39,15 +39,6 @@ _BACKWARD = 2.4  # a backward pass with second moments, over a forward pass
 
 
 Shapes = Mapping[str, tuple[int, int, int]]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Rates of this machine: multiply-adds a second of products in float32 and float64, seconds of an `eigh` of 1024 rows."""
-
-    single: float
-    double: float
-    eigh: float
 
 
 @dataclass(frozen=True)
@@ -386,29 +377,3 @@ def _judge_seconds(matrix: MatrixPlan, speed: Speed) -> float:
     """Returns the seconds in which all ridges are judged on one part; matrices with one input share its eigenvectors, about two do."""
     rows, columns = matrix.rows, matrix.columns
     return speed.eigh * (columns / 1024) ** 3 / 2 + len(RIDGES) * rows * columns * (rows + columns) / speed.single
-
-
-def measure_speed(device: torch.device | str = "cpu", seconds: float = 0.4) -> Speed:
-    """Returns what this machine reaches, from products and an eigenvalue problem of a second or two in all."""
-
-    def rate(dtype: torch.dtype, n: int) -> float:
-        a = torch.randn(n, n, dtype=dtype, device=device)
-        times = _repeat(lambda: a @ a, seconds)
-        return n**3 / min(times)
-
-    symmetric = torch.randn(384, 384, dtype=torch.float64, device=device)
-    symmetric = symmetric + symmetric.T
-    eigh = min(_repeat(lambda: torch.linalg.eigh(symmetric), seconds)) * (1024 / 384) ** 3
-    return Speed(rate(torch.float32, 1024), rate(torch.float64, 768), eigh)
-
-
-def _repeat(work: Callable[[], object], seconds: float) -> list[float]:
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        result = work()
-        if isinstance(result, torch.Tensor) and result.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times
