@@ -2,7 +2,7 @@
 
 With error propagation two streams of hidden states run through the model: `x` of the original and `xh` of what is compressed so far.
 Within a block the matrices are fitted in call order, each to the inputs that the networks before it really produce. At any time at
-most two blocks of weights are resident, the original and its compressed copy; hidden states and inputs wait on disk.
+most three blocks of weights are resident: the original, the compressed one, and its copy for a part of the windows. The rest waits on disk.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ def _compress_block(job: Job, k: int) -> None:
         layers[name], error = fit(name, C, shift)
         lost = reduced[name].error if name in reduced else 0.0
         errors[prefix + name] = math.hypot(error, lost)
-        dense = plain_form(layers[name])  # one GEMM is faster where thousands of tokens pass
-        compressed.set_submodule(name, dense)
-        return dense
+        return plain_form(layers[name])  # one GEMM is faster where thousands of tokens pass
 
     if not job.recipe.needs_moments:
         for name in planned:

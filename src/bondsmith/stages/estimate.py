@@ -272,13 +272,14 @@ def _memory(facts: Facts, recipe: Recipe, sampling: bool = True) -> dict[str, fl
     found = {
         "process": _PROCESS,
         "embedding and head": 4.0 * sum(r * c for r, c in facts.tables.values()),
-        "two blocks": 8.0 * largest,
     }
+    parts = recipe.parts(recipe.tokens // _BATCH_TOKENS) if recipe.needs_moments else 1
+    found |= {"two blocks": 8.0 * largest} if parts == 1 else {"three blocks": 12.0 * largest}
     if not recipe.needs_moments:
         return found | {"fit": max(24.0 * o * i for _, o, i in facts.shapes.values())}
     rows = [o * i for _, o, i in facts.shapes.values()], [i * i for _, _, i in facts.shapes.values()]
-    parts = 8.0 if recipe.parts(recipe.tokens // _BATCH_TOKENS) > 1 else 0.0  # moments of one part, and of all others
-    fit = max(24.0 * oi + 40.0 * ii + parts * (2 * ii + oi) for oi, ii in zip(*rows, strict=True))
+    moments = 8.0 if parts > 1 else 0.0  # of one part, and of all others
+    fit = max(24.0 * oi + 40.0 * ii + moments * (2 * ii + oi) for oi, ii in zip(*rows, strict=True))
     passing = 4.0 * _BATCH_TOKENS * max(sum(o + i for o, i in facts.block(k)) for k in range(facts.blocks)) / 2
     gradients = _gradient_memory(facts, recipe) if recipe.metric == "loss" else 0.0
     stage = "fit of the largest matrix" if fit >= gradients else "gradients"

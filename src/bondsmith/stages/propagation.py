@@ -54,11 +54,11 @@ class Fitting:
     """What fits the matrices of one block.
 
     Attributes:
-        block: the compressed block; matrices are replaced in it as they are fitted.
+        block: the compressed block; where there are no copies, matrices are replaced in it as they are fitted.
         planned: plans of the matrices to fit, by name in the block.
         outputs: `B` by name.
         fit: gives the layer for a matrix from the moment `C` of what it reads and a shift of its weight, (O, I); keeps nothing.
-        put: the same, and the layer is the one that is saved; gives its dense form.
+        put: the same, and the layer is kept to be saved; gives its dense form.
     """
 
     block: nn.Module
