@@ -39,7 +39,6 @@ SHARED = (
     "tokens",
     "window",
     "gradient_share",
-    "damping",
     "seed",
     "evaluation",
     "evaluation_windows",
@@ -73,7 +72,7 @@ def profile(
         model: a hub id, a directory, a `.gguf` file or a loaded model.
         resume: go on with what an interrupted run left in `out`.
         overwrite: replace what is in `out`.
-        settings: those of a recipe that concern calibration: metric, calibration, tokens, window, damping, seed.
+        settings: those of a recipe that concern calibration: metric, calibration, tokens, window, seed.
 
     Raises:
         ModelError, DataError, RecipeError, RunError: before any long work.

@@ -50,8 +50,8 @@ class Recipe:
             or input, with a warning, where a pass back through one block does not fit into memory.
         sites: shape of the networks: auto, matrix, interleaved:N or thin:S.
         propagate: fit each matrix to the inputs that the already compressed layers before it produce.
-        propagation_parts: of the calibration windows, each of which runs through networks that were fitted without it; so ridge and
-            strength of the corrections are judged on text that they have not seen. 1 judges nothing and halves them.
+        propagation_parts: of the calibration windows; ridge and strength of the corrections are those that do best on a part when fitted to
+            all others. 1 judges nothing and halves them.
         propagation_strength: share of the propagation correction that enters, in [0, 1].
         stream_strength: share of the error of the residual stream that a matrix which writes into it makes up for, in [0, 1].
         gauge: store one identity block fewer per bond (same operator, fewer numbers).
@@ -61,7 +61,8 @@ class Recipe:
         gradient_share: share of the windows that a pass back gives gradients for, in (0, 1]: fewer cost less time and accuracy.
         evaluation: SPECs of evaluation text; a held-out part of the calibration text is used always.
         evaluation_windows: windows per evaluation text.
-        damping: share of the mean eigenvalue added to every second moment.
+        damping: share of the mean eigenvalue added to the second moments that networks are cut in: few tokens make rare directions look
+            rarer than they are. Predictions and rounding take at most a thousandth.
         blockwise: passes over the calibration windows that train each block's networks and norms, right after they are fitted; 0 for none.
         blockwise_rate: how far a step moves a network's cores, as a share of their size.
         blockwise_view: share of the loss on the original's inputs instead of those of the compressed blocks before, in [0, 1).
@@ -98,7 +99,7 @@ class Recipe:
     gradient_share: float = 1.0
     evaluation: tuple[str, ...] = ()
     evaluation_windows: int = 8
-    damping: float = 1e-3
+    damping: float = 0.05
     blockwise: int = 0
     blockwise_rate: float = 0.01
     blockwise_view: float = 0.0
@@ -285,7 +286,7 @@ class Recipe:
         return self.metric != "frobenius"
 
     def parts(self, batches: int) -> int:
-        """Returns in how many parts propagation deals so many batches: a training that follows sees all of them anyway."""
+        """Returns in how many parts propagation deals so many batches; one where a training follows, which makes up for more."""
         return 1 if self.blockwise or not self.propagate else max(1, min(self.propagation_parts, batches))
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, 
 from bondsmith.stages import moment_files, moments
 from bondsmith.stages.estimate import gradient_windows, memory_needed
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
+from bondsmith.stages.fitting import LEAST_DAMPING
 from bondsmith.stages.job import Job
 from bondsmith.stages.plan import MatrixPlan, Plan, PlanError
 from bondsmith.stages.planning import planned
@@ -174,7 +175,7 @@ class Run:
             lambda name: weight(opened.runner.model.get_submodule(name)),
             seen,
             metric=metric,
-            damping=self.recipe.damping,
+            damping=min(self.recipe.damping, LEAST_DAMPING),
             advance=lambda share: self.progress("profile", share),
         )
         for other in range(len(opened.runner)):

@@ -1,4 +1,4 @@
-"""What windows see of the compressed blocks before is what text that was never fitted would see."""
+"""Corrections of what was lost before: ridge and strength are judged on windows left out."""
 
 from __future__ import annotations
 
@@ -8,76 +8,68 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny
-from torch import Tensor, nn
 
 import bondsmith
-from bondsmith import run
-from bondsmith.data import Windows
-from bondsmith.model.blocks import weight
 from bondsmith.stages import propagation
-
-NAME = "self_attn.q_proj"
-WINDOW, COUNT = 128, 64  # four batches of 16 windows
-
-
-def fitted(
-    tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch, **settings: Any
-) -> dict[tuple[int, str], Tensor]:
-    """Returns the weights of the copies of the first block, by part and name, of windows in their order."""
-    found: dict[tuple[int, str], Tensor] = {}
-    put = propagation._Copies.put
-
-    def watched(copies: propagation._Copies, part: int, name: str, layer: nn.Module) -> None:
-        found.setdefault((part, name), weight(layer).clone())
-        put(copies, part, name, layer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(propagation._Copies, "put", watched)
-        patch.setattr(run, "split_windows", lambda *args, **options: ([Windows("text", ids, 1)], []))
-        patch.setattr(torch, "randperm", lambda count, generator: torch.arange(count))
-        shared = {"keep": 0.5, "uniform": True, "metric": "input", "tokens": ids.numel(), "window": WINDOW}
-        bondsmith.compress(
-            tmp_path / "model",
-            tmp_path / "out",
-            calibration=str(tmp_path / "text.txt"),
-            evaluate=False,
-            overwrite=True,
-            **(shared | settings),
-        )
-    return found
+from bondsmith.tensor.regression import RIDGES, Choice
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("w1 w2 w3")
+    words = torch.randint(0, 250, (9000,), generator=torch.Generator().manual_seed(2)).tolist()
+    (tmp_path / "text.txt").write_text(" ".join(f"w{n}" for n in words))
     return tmp_path
 
 
-def test_no_copy_is_fitted_to_the_windows_that_run_through_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = torch.randint(3, 500, (COUNT, WINDOW), generator=torch.Generator().manual_seed(0))
-    other = ids.clone()
-    other[0] = ids[1].flip(0)  # one window of the first part is another text
-    was, now = (fitted(home, i, monkeypatch, stream_strength=0.0) for i in (ids, other))
-    assert {part for part, _ in was} == {0, 1, 2, 3}
-    moved = [float((was[part, NAME] - now[part, NAME]).norm() / was[part, NAME].norm()) for part in range(4)]
-    assert moved[0] < 1e-4
-    assert min(moved[1:]) > 10 * moved[0]
+def chosen(home: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple[float, float]]:
+    """Returns ridge and strength of all corrections of a compression."""
+    found: list[tuple[float, float]] = []
+    best = Choice.best
+
+    def watched(choice: Choice) -> tuple[float, float]:
+        found.append(best(choice))
+        return found[-1]
+
+    monkeypatch.setattr(Choice, "best", watched)
+    shared: dict[str, Any] = {"keep": 0.5, "uniform": True, "metric": "input", "tokens": 8192, "window": 64}
+    text = str(home / "text.txt")
+    options = shared | {"calibration": text, "evaluate": False, "overwrite": True} | settings
+    bondsmith.compress(home / "model", home / "out", **options)
+    return found
 
 
-@pytest.mark.parametrize("sites", ["matrix", "interleaved:2"])
-def test_parts_lead_to_a_model_of_the_same_form(home: Path, monkeypatch: pytest.MonkeyPatch, sites: str) -> None:
-    ids = torch.randint(3, 500, (COUNT, WINDOW), generator=torch.Generator().manual_seed(0))
-    sizes = []
-    for parts in (1, 4):
-        found = fitted(home, ids, monkeypatch, propagation_parts=parts, sites=sites)
-        assert {part for part, _ in found} == set(range(parts))
-        assert all(torch.isfinite(W).all() for W in found.values())
-        sizes.append(bondsmith.load(home / "out").num_parameters())
-        assert not list((home / "out").rglob("part-*"))
-    assert sizes[0] == sizes[1]
+def test_every_matrix_has_its_own_ridge_and_strength(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = chosen(home, monkeypatch)
+    assert len(found) == 21
+    assert {ridge for ridge, _ in found} <= set(RIDGES)
+    assert all(0 <= strength <= 1 for _, strength in found)
+    assert found[:3] == [(RIDGES[-1], 0.0)] * 3  # nothing is lost before the first matrices
+    assert sum(strength > 0 for _, strength in found) > 10
+    assert not list((home / "out").rglob("part-*"))
 
 
-def test_few_windows_are_no_parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = torch.randint(3, 500, (COUNT // 4, WINDOW), generator=torch.Generator().manual_seed(0))
-    assert {part for part, _ in fitted(home, ids, monkeypatch)} == {0}
+@pytest.mark.parametrize("settings", [{"tokens": 1024}, {"propagation_parts": 1}, {"blockwise": 1}])
+def test_where_no_part_is_left_out_nothing_is_judged(
+    home: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    assert chosen(home, monkeypatch, **settings) == []
+
+
+@pytest.mark.parametrize(("batches", "parts"), [(4, 4), (9, 4), (5, 1), (7, 3)])
+def test_batches_are_dealt_out_whole(batches: int, parts: int) -> None:
+    starts = range(0, 16 * batches, 16)
+    dealt = propagation._dealt(starts, parts)
+    assert [first for part in dealt for first in part] == list(starts)
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_the_sums_of_all_parts_are_those_of_the_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen(home, monkeypatch, propagation_parts=1)
+    one = bondsmith.load(home / "out", dtype=torch.float32)
+    monkeypatch.setattr(Choice, "best", lambda choice: (1e-3, propagation.FEW))  # what one part takes
+    chosen(home, monkeypatch, propagation_parts=4)
+    four = bondsmith.load(home / "out", dtype=torch.float32)
+    ids = torch.randint(3, 250, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(one(ids).logits, four(ids).logits, atol=2e-3, rtol=1e-2)

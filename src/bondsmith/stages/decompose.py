@@ -2,7 +2,7 @@
 
 With error propagation two streams of hidden states run through the model: `x` of the original and `xh` of what is compressed so far.
 Within a block the matrices are fitted in call order, each to the inputs that the networks before it really produce. At any time at
-most three blocks of weights are resident: the original, the compressed one, and its copy for a part of the windows. The rest waits on disk.
+most two blocks of weights are resident, the original and its compressed copy; hidden states and inputs wait on disk.
 """
 
 from __future__ import annotations
@@ -80,25 +80,21 @@ def _compress_block(job: Job, k: int) -> None:
     reduced = drop_channels(compressed, plans, job.moments, k, outputs, job.recipe.damping)
     layers: dict[str, nn.Module] = {}
     errors: dict[str, float] = {}
-    unfitted = {name: compressed.get_submodule(name) for name in planned}
 
-    def fit(name: str, C: Tensor | None, shift: Tensor | None) -> tuple[nn.Module, float]:
+    def put(name: str, C: Tensor | None, shift: Tensor | None) -> None:
         if name in reduced and C is not None and len(C) != plans[name].columns:
             C = C[reduced[name].kept][:, reduced[name].kept]
-        return fit_matrix(unfitted[name], planned[name], C, shift, outputs.get(name), job.recipe, job.dtype)
-
-    def put(name: str, C: Tensor | None, shift: Tensor | None) -> nn.Module:
-        layers[name], error = fit(name, C, shift)
+        matrix, B = compressed.get_submodule(name), outputs.get(name)
+        layers[name], error = fit_matrix(matrix, planned[name], C, shift, B, job.recipe, job.dtype)
         lost = reduced[name].error if name in reduced else 0.0
         errors[prefix + name] = math.hypot(error, lost)
-        return plain_form(layers[name])  # one GEMM is faster where thousands of tokens pass
+        compressed.set_submodule(name, plain_form(layers[name]))  # one GEMM is faster where thousands of tokens pass
 
     if not job.recipe.needs_moments:
         for name in planned:
             put(name, None, None)
     elif job.recipe.propagate:
-        fitting = Fitting(compressed, planned, outputs, lambda *how: fit(*how)[0], put)
-        fit_propagated(job, k, original, fitting)
+        fit_propagated(job, k, original, Fitting(compressed, planned, outputs, put))
     else:
         _fit_from_original(job, k, original, planned, put)
     for name, layer in layers.items():
@@ -122,12 +118,12 @@ def _train(job: Job, k: int, compressed: nn.Module, dense: list[str]) -> nn.Modu
     for j in further:
         empty(job.runner.blocks[j])
     if k + 1 < len(job.runner):
-        leave(job, k, lambda _: trained)
+        leave(job, k, trained)
     write_json(job.work / f"blockwise-{k}.json", asdict(outcome) | {"block": k})
     return trained
 
 
-Put = Callable[[str, Tensor | None, Tensor | None], nn.Module]
+Put = Callable[[str, Tensor | None, Tensor | None], None]
 
 
 @torch.no_grad()

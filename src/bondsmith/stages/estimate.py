@@ -272,13 +272,12 @@ def _memory(facts: Facts, recipe: Recipe, sampling: bool = True) -> dict[str, fl
     found = {
         "process": _PROCESS,
         "embedding and head": 4.0 * sum(r * c for r, c in facts.tables.values()),
+        "two blocks": 8.0 * largest,
     }
-    parts = recipe.parts(recipe.tokens // _BATCH_TOKENS) if recipe.needs_moments else 1
-    found |= {"two blocks": 8.0 * largest} if parts == 1 else {"three blocks": 12.0 * largest}
     if not recipe.needs_moments:
         return found | {"fit": max(24.0 * o * i for _, o, i in facts.shapes.values())}
     rows = [o * i for _, o, i in facts.shapes.values()], [i * i for _, _, i in facts.shapes.values()]
-    moments = 8.0 if parts > 1 else 0.0  # of one part, and of all others
+    moments = 8.0 if recipe.parts(recipe.tokens // _BATCH_TOKENS) > 1 else 0.0  # of one part, and of all others
     fit = max(24.0 * oi + 40.0 * ii + moments * (2 * ii + oi) for oi, ii in zip(*rows, strict=True))
     passing = 4.0 * _BATCH_TOKENS * max(sum(o + i for o, i in facts.block(k)) for k in range(facts.blocks)) / 2
     gradients = _gradient_memory(facts, recipe) if recipe.metric == "loss" else 0.0
@@ -351,13 +350,10 @@ def _seconds(facts: Facts, recipe: Recipe, plan: Plan, speed: Speed | None) -> d
         found["passes and moments"] = recipe.tokens * (passes * inside * _FORWARD + 2.0 * moments) / speed.single
     if recipe.planned:
         found["profile"] = sum(_fit_seconds(m, recipe.changed(propagate=False), speed) for m in plan.matrices)
-    networks = [m for m in plan.matrices if m.sites is not None]
-    found["networks"] = sum(_fit_seconds(m, recipe, speed) for m in networks)
+    found["networks"] = sum(_fit_seconds(m, recipe, speed) for m in plan.matrices if m.sites is not None)
     parts = recipe.parts(recipe.tokens // _BATCH_TOKENS)
     if parts > 1:
-        cuts = [m for m in networks if m.sites is not None and m.sites.is_matrix_cut and m.grid is None]
-        judged = sum(_judge_seconds(m, speed) for m in plan.matrices if m.fitted)
-        found["parts left out"] = parts * (sum(_fit_seconds(m, recipe, speed) for m in cuts) + judged)
+        found["parts left out"] = parts * sum(_judge_seconds(m, speed) for m in plan.matrices if m.fitted)
     if recipe.needs_moments:
         rounded = [m for m in (*plan.matrices, *plan.tables) if m.grid is not None]
         found["rounding"] = sum(_ROUNDING * m.rows * m.columns**2 for m in rounded) / speed.double

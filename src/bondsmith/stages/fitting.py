@@ -19,6 +19,8 @@ from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.weighted import fit_mpo
 
+LEAST_DAMPING = 1e-3  # of what has to be as measured: predictions, and the errors that rounding compensates
+
 
 @fitting_memory()
 def fit_matrix(
@@ -59,6 +61,8 @@ def _layer(
     damping: float,
     dtype: torch.dtype,
 ) -> nn.Module:
+    if plan.grid is not None:
+        damping = min(damping, LEAST_DAMPING)
     if plan.sites is None:
         saved = None if bias is None else bias.to(dtype)
         return dense_layer(target.to(dtype), saved) if plan.grid is None else rounded_dense(target, plan, C, saved)

@@ -27,7 +27,7 @@ class LayerSettings:
         data: folder of local benchmark files, or None for hub data sets.
         limit: rows per task.
         batch_size: rows per forward pass of a task.
-        damping: share of the mean eigenvalue added to every second moment.
+        damping: share of the mean eigenvalue added to every second moment, as of compress.
         seed, device: as in a recipe.
     """
 
@@ -45,7 +45,7 @@ class LayerSettings:
     data: str | None = None
     limit: int | None = None
     batch_size: int = 8
-    damping: float = 1e-3
+    damping: float = 0.05
     seed: int = 0
     device: str = "auto"
 

@@ -1,28 +1,24 @@
 """Fit the matrices of a block in call order, each to the inputs that the networks before it really produce.
 
 Two streams of hidden states run through the model: `x` of the original and `xh` of what is compressed so far. A matrix makes up for what
-the ones before it lost, by a regression on `xh`. Calibration text is little for that, so its windows are dealt into parts, and each runs
-through a copy of the block of its own that was fitted without it: what the copies give is what the compressed model gives on text it
-never saw, and so are the errors to make up for. Ridge and strength of each regression are those that do best on the part left out.
+the ones before it lost, by a regression on `xh`. Calibration text is little for that, so its windows are dealt into parts: ridge and
+strength of each regression are those that do best on a part when fitted to all others.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import shape, weight
 from bondsmith.model.source import ModelError
 from bondsmith.model.tracing import Group, added_to_stream, capture_inputs, trace_groups
 from bondsmith.rundir import log
-from bondsmith.stages.fitting import dense_layer, plain_form
 from bondsmith.stages.job import Job
 from bondsmith.stages.moment import Moment, stream_weights
 from bondsmith.stages.plan import MatrixPlan
@@ -54,36 +50,29 @@ class Fitting:
     """What fits the matrices of one block.
 
     Attributes:
-        block: the compressed block; where there are no copies, matrices are replaced in it as they are fitted.
+        block: the compressed block.
         planned: plans of the matrices to fit, by name in the block.
         outputs: `B` by name.
-        fit: gives the layer for a matrix from the moment `C` of what it reads and a shift of its weight, (O, I); keeps nothing.
-        put: the same, and the layer is kept to be saved; gives its dense form.
+        put: replaces a matrix by what is fitted to the moment `C` of what it reads and a shift of its weight, (O, I).
     """
 
     block: nn.Module
     planned: dict[str, MatrixPlan]
     outputs: dict[str, Tensor]
-    fit: Callable[[str, Tensor | None, Tensor | None], nn.Module]
-    put: Callable[[str, Tensor | None, Tensor | None], nn.Module]
+    put: Callable[[str, Tensor | None, Tensor | None], None]
 
 
 @torch.no_grad()
 def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting) -> None:
-    """Group after group, copies of the block run up to it; the original's inputs come from one pass kept on disk.
-
-    Where the windows make up one part only, the compressed block itself takes the place of the copies.
-    """
+    """Group after group, the compressed block runs up to it; the original's inputs come from one pass kept on disk."""
     x, after = job.stream("original", k), job.stream("original", k + 1)
     groups, every = traced_groups(job, k, original, x, fitting.planned)
     inputs = [job.temporary(f"input-{i}", g.in_features) for i, g in enumerate(groups)]
     _keep_inputs(job, k, original, groups, x, after, inputs)
     entering = job.rows(x, 0, 1)
     added = added_to_stream(original, every, entering, lambda: job.runner.block(k, job.windows(0, 1), entering))
-    leaves = k + 1 < len(job.runner) and not (
-        job.recipe.blockwise and groups
-    )  # a trained block leaves its stream itself
-    copies = _Copies(job, fitting.block, job.recipe.parts(len(job.batches())))
+    trains = bool(job.recipe.blockwise and groups)  # then what leaves the block is computed after the training
+    leaves = k + 1 < len(job.runner) and not trains
     last = None
     if leaves and groups and groups[-1].last and groups[-1].names[0] in added:
         last = _LastMatrix.of(job, groups[-1].names[0], fitting.block)
@@ -91,74 +80,20 @@ def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting) -> N
         ending = last if group.last else None
         corrects = bool(job.recipe.stream_strength) and group.names[0] in added
         compared = shape(fitting.block.get_submodule(group.names[0]))[1] != group.in_features
-        found = _seen_by_part(job, k, original, copies, group, before, x, after, ending, corrects)
-        _fit_group(job, k, group, fitting, copies, found, compared)
+        found = _seen_by_part(job, k, original, fitting.block, group, before, x, after, ending, corrects)
+        _fit_group(job, k, group, fitting, found, compared)
         before.remove()
     if last is not None:
-        last.finish(copies, job.stream("compressed", k + 1))
+        last.finish(fitting.block, job.stream("compressed", k + 1))
     elif leaves:
-        leave(job, k, copies.of_batch)
-    copies.remove()
+        leave(job, k, fitting.block)
 
 
 @torch.no_grad()
-def leave(job: Job, k: int, block_of: Callable[[int], nn.Module]) -> None:
-    """Writes the hidden states that leave block k as `block_of` gives it for the batch that starts at a window."""
+def leave(job: Job, k: int, compressed: nn.Module) -> None:
+    """Writes the hidden states that leave the compressed block k."""
     xh, stream = job.stream("compressed", k), job.stream("compressed", k + 1)
-    stream.write(job.runner.block(k, job.windows(f), job.rows(xh, f), block_of(f)) for f in job.batches())
-
-
-class _Copies:
-    """The compressed block once for each part of the windows, one after another in memory: weights that differ wait on disk."""
-
-    def __init__(self, job: Job, block: nn.Module, parts: int):
-        self.parts = parts
-        self._job = job
-        shared = {id(t): t for t in (*block.parameters(), *block.buffers())}
-        self._block = block if parts == 1 else copy.deepcopy(block, shared)
-        self._names: set[str] = set()
-        self._now: int | None = None
-
-    def part(self, first: int) -> int:
-        """Returns the part of the batch that starts at a window."""
-        batches = self._job.batches()
-        return batches.index(first) * self.parts // len(batches)
-
-    def of_batch(self, first: int) -> nn.Module:
-        """Returns the copy that has not seen the batch that starts at a window; it holds until another part's is asked for."""
-        part = self.part(first)
-        if part != self._now:
-            for name in self._names:
-                self._block.set_submodule(name, self.matrix(part, name))
-            self._now = part
-        return self._block
-
-    def put(self, part: int, name: str, layer: nn.Module) -> None:
-        """Replaces a matrix of one copy by a dense one."""
-        if self.parts == 1:
-            self._block.set_submodule(name, layer)
-            return
-        bias = getattr(layer, "bias", None)
-        tensors = {"weight": weight(layer)} | ({} if bias is None else {"bias": bias.detach()})
-        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, self._file(part, name))
-        self._names.add(name)
-        self._now = None
-
-    def matrix(self, part: int, name: str) -> nn.Module:
-        """Returns a matrix of one copy."""
-        if name not in self._names:
-            return self._block.get_submodule(name)
-        tensors = load_file(self._file(part, name), str(self._job.device))
-        return dense_layer(tensors["weight"], tensors.get("bias"))
-
-    def remove(self) -> None:
-        """Deletes what waits on disk."""
-        for part in range(self.parts):
-            for name in self._names:
-                self._file(part, name).unlink()
-
-    def _file(self, part: int, name: str) -> Path:
-        return self._job.work / f"part-{part}-{name}.safetensors"
+    stream.write(job.runner.block(k, job.windows(f), job.rows(xh, f), compressed) for f in job.batches())
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,54 +158,35 @@ class _Parts:
         return self._job.work / f"part-{part}.pt"
 
 
-def _fit_group(
-    job: Job, k: int, group: Group, fitting: Fitting, copies: _Copies, seen: Iterator[_Seen], compared: bool
-) -> None:
-    """Fits the matrices of a group, and those of the copies to all parts but their own."""
+def _fit_group(job: Job, k: int, group: Group, fitting: Fitting, seen: Iterator[_Seen], compared: bool) -> None:
+    """Fits the matrices of a group."""
     full = job.full_name(k, group.names[0])
     parts = _Parts(job, seen)
-    whole = parts.whole
-    C = whole.C.mean(full)
+    C = parts.whole.C.mean(full)
     names = [name for name in group.names if name in fitting.planned]
     unfitted = {name: weight(fitting.block.get_submodule(name)) for name in names}
     how = (job, full, compared, group.last)
-    if parts.count == 1 or not parts.judge:
-        for name, W in unfitted.items():
-            shift = shifted_target(W, whole.moved(W, *how), C, FEW, job.recipe.damping) - W if whole.D.seen else None
-            layer = fitting.put(name, C, shift)
-            for part in range(parts.count):
-                copies.put(part, name, layer)
-        parts.remove()
-        return
-    choices = {name: Choice(fitting.outputs.get(name)) for name in names}
-    for own, others in parts:
-        left_out = LeftOut.of(others.C.mean(full), own.C.mean(full), own.C.weight)
-        for name, W in unfitted.items():
-            choices[name].see(left_out, others.moved(W, *how), own.moved(W, *how))
-    best, shifts, layers = {name: choice.best() for name, choice in choices.items()}, {}, {}
+    best = dict.fromkeys(names, (job.recipe.damping, FEW))
+    if parts.count > 1 and parts.judge:
+        choices = {name: Choice(fitting.outputs.get(name)) for name in names}
+        for own, others in parts:
+            left_out = LeftOut.of(others.C.mean(full), own.C.mean(full), own.C.weight)
+            for name, W in unfitted.items():
+                choices[name].see(left_out, others.moved(W, *how), own.moved(W, *how))
+        best = {name: choice.best() for name, choice in choices.items()}
+    parts.remove()
     for name, W in unfitted.items():
         ridge, strength = best[name]
         log.debug("%s: ridge %g, strength %.2f", job.full_name(k, name), ridge, strength)
-        shifts[name] = shifted_target(W, whole.moved(W, *how), C, strength, ridge) - W
-        layers[name] = fitting.put(name, C, shifts[name])
-    for part, (_, others) in enumerate(parts):
-        C_others = others.C.mean(full)
-        for name, W in unfitted.items():
-            ridge, strength = best[name]
-            plan, shift = fitting.planned[name], shifted_target(W, others.moved(W, *how), C_others, strength, ridge) - W
-            if plan.sites is not None and plan.sites.is_matrix_cut and plan.grid is None:
-                copies.put(part, name, plain_form(fitting.fit(name, C_others, shift)))
-            else:  # rounding and longer chains take long: what the shifts differ by is the most of it
-                bias = getattr(layers[name], "bias", None)
-                copies.put(part, name, dense_layer(weight(layers[name]) + shift - shifts[name], bias))
-    parts.remove()
+        shift = shifted_target(W, parts.whole.moved(W, *how), C, strength, ridge) - W if parts.whole.D.seen else None
+        fitting.put(name, C, shift)
 
 
 def _seen_by_part(
     job: Job,
     k: int,
     original: nn.Module,
-    copies: _Copies,
+    compressed: nn.Module,
     group: Group,
     before: Stream,
     x: Stream,
@@ -278,23 +194,19 @@ def _seen_by_part(
     ending: _LastMatrix | None,
     corrects: bool,
 ) -> Iterator[_Seen]:
-    """Yields what one group sees in the copies, part by part."""
-    xh, was = job.stream("compressed", k), original.get_submodule(group.names[0])
-    now = copies.matrix(0, group.names[0])
+    """Yields what one group sees in the compressed block, part by part."""
+    xh, was, now = job.stream("compressed", k), *(b.get_submodule(group.names[0]) for b in (original, compressed))
     (rows, width), device = shape(now), job.device
     compared = width != group.in_features
     norms, whole = job.token_weights(k, group), ending is not None or (corrects and group.last)
     with ExitStack() as stack:
         keep = stack.enter_context(ending.writer()) if ending else None
-        for part in range(copies.parts):
+        for part in _dealt(job.batches(), job.recipe.parts(len(job.batches()))):
             C, D = Moment(width, device), Moment(rows if compared else width, device, width)
             R = Moment(rows, device, width) if corrects else None
-            for first in job.batches():
-                if copies.part(first) != part:
-                    continue
-                block = copies.of_batch(first)
-                with capture_inputs(block, [group], stop=not whole) as seen:
-                    out = job.runner.block(k, job.windows(first), job.rows(xh, first), block)
+            for first in part:
+                with capture_inputs(compressed, [group], stop=not whole) as seen:
+                    out = job.runner.block(k, job.windows(first), job.rows(xh, first), compressed)
                 if keep is not None:
                     keep(out, seen[0])
                 if not group.every_token:
@@ -313,6 +225,12 @@ def _seen_by_part(
                     error = job.rows(after, first) - out if group.last else job.rows(x, first) - job.rows(xh, first)
                     R.add(error.flatten(0, 1), w, seen[0])
             yield _Seen(C, D, R)
+
+
+def _dealt(batches: range, parts: int) -> list[range]:
+    """Returns the batches of each part, one after another."""
+    ends = [len(batches) * (i + 1) // parts for i in range(parts)]
+    return [batches[first:end] for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def _keep_inputs(
@@ -360,10 +278,10 @@ class _LastMatrix:
 
             yield keep
 
-    def finish(self, copies: _Copies, leave: Stream) -> None:
-        """Writes the hidden states that leave the copies to `leave`."""
-        changes = [weight(copies.matrix(i, self.name)) - weight(self.starting) for i in range(copies.parts)]
+    def finish(self, compressed: nn.Module, leave: Stream) -> None:
+        """Writes the hidden states that leave the block to `leave`."""
+        change = weight(compressed.get_submodule(self.name)) - weight(self.starting)
         job = self.job
-        leave.write(job.rows(self.out, f) + job.rows(self.fed, f) @ changes[copies.part(f)].T for f in job.batches())
+        leave.write(job.rows(self.out, f) + job.rows(self.fed, f) @ change.T for f in job.batches())
         self.out.remove()
         self.fed.remove()
