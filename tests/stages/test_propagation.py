@@ -68,7 +68,9 @@ def test_batches_are_dealt_out_whole(batches: int, parts: int) -> None:
 def test_the_sums_of_all_parts_are_those_of_the_whole(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen(home, monkeypatch, propagation_parts=1)
     one = bondsmith.load(home / "out", dtype=torch.float32)
-    monkeypatch.setattr(Choice, "best", lambda choice: (Recipe(keep=0.5).damping, propagation.FEW))  # what one part takes
+    monkeypatch.setattr(
+        Choice, "best", lambda choice: (Recipe(keep=0.5).damping, propagation.FEW)
+    )  # what one part takes
     chosen(home, monkeypatch, propagation_parts=4)
     four = bondsmith.load(home / "out", dtype=torch.float32)
     ids = torch.randint(3, 250, (2, 32), generator=torch.Generator().manual_seed(0))
