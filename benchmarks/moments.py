@@ -112,9 +112,8 @@ def balanced(seen: Seen, kind: str) -> Tensor:
 
 
 Weigh = Callable[[Seen, str], Tensor | None]
-WAYS: dict[
-    str, tuple[Weigh, Weigh, float]
-] = {  # weights of tokens in `C`, `B`, and the share of its mean eigenvalue added to it
+# Weights of tokens in `C`, `B`, and the share of its mean eigenvalue added to it.
+WAYS: dict[str, tuple[Weigh, Weigh, float]] = {
     "two moments": (lambda s, k: None, lambda s, k: moment(s.g[k]), 0.0),
     "B shrunk by 0.1": (lambda s, k: None, lambda s, k: moment(s.g[k]), 0.1),
     "B shrunk by 1": (lambda s, k: None, lambda s, k: moment(s.g[k]), 1.0),

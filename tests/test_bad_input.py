@@ -144,6 +144,7 @@ def test_no_tokenizer(tmp_path: Path, text: Path) -> None:
         ({"tokens": 10}, "tokens: 10 do not fill one window of 32"),
         ({"tokens": 1.5}, "tokens: 1.5 is not a whole number"),
         ({"propagation_strength": 2}, "propagation_strength: 2 is not in"),
+        ({"propagation_parts": 0}, "propagation_parts: 0 is less than 1"),
         ({"damping": 0.0}, "damping: 0.0 is not in"),
         ({"calibration": []}, "at least one SPEC"),
         ({"kep": 0.5}, "unknown setting 'kep'; did you mean keep"),
