@@ -101,9 +101,9 @@ class Recipe:
     evaluation_windows: int = 8
     damping: float = 0.05
     blockwise: int = 0
-    blockwise_rate: float = 0.01
+    blockwise_rate: float = 0.002
     blockwise_view: float = 0.0
-    blockwise_ahead: int = 1
+    blockwise_ahead: int = 0
     keep_dense: tuple[str, ...] = field(default=())
     dtype: str = "auto"
     device: str = "auto"
@@ -286,8 +286,12 @@ class Recipe:
         return self.metric != "frobenius"
 
     def parts(self, batches: int) -> int:
-        """Returns in how many parts propagation deals so many batches; one where a training follows, which makes up for more."""
-        return 1 if self.blockwise or not self.propagate else max(1, min(self.propagation_parts, batches))
+        """Returns in how many parts propagation deals so many batches."""
+        return max(1, min(self.propagation_parts, batches)) if self.propagate else 1
+
+    def held_out(self, windows: int) -> int:
+        """Returns how many of the last windows judge block-wise training: neither fitted nor trained on."""
+        return max(1, windows // 16) if self.blockwise and windows > 1 else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain data, in field order."""

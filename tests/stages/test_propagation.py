@@ -50,7 +50,7 @@ def test_every_matrix_has_its_own_ridge_and_strength(home: Path, monkeypatch: py
     assert not list((home / "out").rglob("part-*"))
 
 
-@pytest.mark.parametrize("settings", [{"tokens": 1024}, {"propagation_parts": 1}, {"blockwise": 1}])
+@pytest.mark.parametrize("settings", [{"tokens": 1024}, {"propagation_parts": 1}])
 def test_where_no_part_is_left_out_nothing_is_judged(
     home: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
@@ -59,9 +59,9 @@ def test_where_no_part_is_left_out_nothing_is_judged(
 
 @pytest.mark.parametrize(("batches", "parts"), [(4, 4), (9, 4), (5, 1), (7, 3)])
 def test_batches_are_dealt_out_whole(batches: int, parts: int) -> None:
-    starts = range(0, 16 * batches, 16)
-    dealt = propagation._dealt(starts, parts)
-    assert [first for part in dealt for first in part] == list(starts)
+    given = [(16 * i, 16) for i in range(batches)]
+    dealt = propagation._dealt(given, parts)
+    assert [batch for part in dealt for batch in part] == given
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 

@@ -67,6 +67,11 @@ class Job:
         """Returns the first window of every batch."""
         return range(0, len(self.ids), self.batch)
 
+    def fitted(self) -> list[tuple[int, int]]:
+        """Returns first window and number of windows of every batch that matrices are fitted to: all windows but those held out."""
+        end = len(self.ids) - self.recipe.held_out(len(self.ids))
+        return [(first, min(self.batch, end - first)) for first in range(0, end, self.batch)]
+
     def stream(self, name: str, k: int) -> Stream:
         """Returns the hidden states that enter block k; those of the first block are made here."""
         stream = Stream(self.work / f"{name}-{k}", (*self.ids.shape, self.width))
@@ -98,6 +103,6 @@ class Job:
             return None
         return load_token_weights(self.fisher, k, group.names[0], len(self.ids))
 
-    def of_batch(self, weights: Tensor, first: int) -> Tensor:
+    def of_batch(self, weights: Tensor, first: int, count: int | None = None) -> Tensor:
         """Returns the weights of the tokens of a batch, (T,), on the device."""
-        return weights[first : first + self.batch].flatten().to(self.device)
+        return weights[first : first + (count or self.batch)].flatten().to(self.device)

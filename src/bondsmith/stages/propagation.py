@@ -201,12 +201,12 @@ def _seen_by_part(
     norms, whole = job.token_weights(k, group), ending is not None or (corrects and group.last)
     with ExitStack() as stack:
         keep = stack.enter_context(ending.writer()) if ending else None
-        for part in _dealt(job.batches(), job.recipe.parts(len(job.batches()))):
+        for part in _dealt(job.fitted(), job.recipe.parts(len(job.fitted()))):
             C, D = Moment(width, device), Moment(rows if compared else width, device, width)
             R = Moment(rows, device, width) if corrects else None
-            for first in part:
+            for first, count in part:
                 with capture_inputs(compressed, [group], stop=not whole) as seen:
-                    out = job.runner.block(k, job.windows(first), job.rows(xh, first), compressed)
+                    out = job.runner.block(k, job.windows(first, count), job.rows(xh, first, count), compressed)
                 if keep is not None:
                     keep(out, seen[0])
                 if not group.every_token:
@@ -214,20 +214,20 @@ def _seen_by_part(
                         C.add(seen[0])
                     continue
                 if norms is not None:
-                    w: Tensor | None = job.of_batch(norms, first)
+                    w: Tensor | None = job.of_batch(norms, first, count)
                 else:
-                    w = stream_weights(group, job.rows(x, first), job.rows(after, first))
+                    w = stream_weights(group, job.rows(x, first, count), job.rows(after, first, count))
                 C.add(seen[0], w)
-                was_seen = job.rows(before, first).flatten(0, 1)
+                was_seen = job.rows(before, first, count).flatten(0, 1)
                 moved = was_seen @ weight(was).T - seen[0] @ weight(now).T if compared else was_seen - seen[0]
                 D.add(moved, w, seen[0])
                 if R is not None:
-                    error = job.rows(after, first) - out if group.last else job.rows(x, first) - job.rows(xh, first)
-                    R.add(error.flatten(0, 1), w, seen[0])
+                    given = out if group.last else job.rows(xh, first, count)
+                    R.add((job.rows(after if group.last else x, first, count) - given).flatten(0, 1), w, seen[0])
             yield _Seen(C, D, R)
 
 
-def _dealt(batches: range, parts: int) -> list[range]:
+def _dealt(batches: list[tuple[int, int]], parts: int) -> list[list[tuple[int, int]]]:
     """Returns the batches of each part, one after another."""
     ends = [len(batches) * (i + 1) // parts for i in range(parts)]
     return [batches[first:end] for first, end in zip([0, *ends], ends, strict=False)]

@@ -25,6 +25,7 @@ from bondsmith.nn.linear import MPOLinear
 MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
 _DENSE = (nn.Linear, nn.Embedding, Conv1D)
+_STRIP = 256
 _SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
 # Odd quintics one after the other, each the best for what the one before leaves (Amsel et al. 2025), by linear programming on a grid:
 # singular values from 0.003 to 1 come within 0.2 of 1
@@ -154,10 +155,17 @@ def _core_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
 def _level(matrix: Tensor) -> Tensor:
     """Returns the orthogonal polar factor of a matrix, nearly, scaled to entries of root mean square 1.
 
-    All steps are taken on the Gram matrix of the small side, whose polynomials commute.
+    The small side is dealt into strips of at most `_STRIP`, each levelled by itself: what a strip costs grows with its square or cube.
     """
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    wide = matrix.T if tall else matrix
+    strips = wide.tensor_split(-(-len(wide) // _STRIP)) if len(wide) else (wide,)
+    level = torch.cat([_level_strip(strip) for strip in strips])
+    return level.T if tall else level
+
+
+def _level_strip(x: Tensor) -> Tensor:
+    """All steps are taken on the Gram matrix of the small side, whose polynomials commute."""
     x = x / (x.norm() + 1e-12)
     gram = x @ x.T
     square = gram @ gram
@@ -173,8 +181,7 @@ def _level(matrix: Tensor) -> Tensor:
             square = gram @ gram
     assert product is not None
     x = product @ x
-    x = x / (x.square().mean().sqrt() + 1e-12)
-    return x.T if tall else x
+    return x / (x.square().mean().sqrt() + 1e-12)
 
 
 def _adam_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
