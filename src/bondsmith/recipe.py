@@ -103,7 +103,7 @@ class Recipe:
     blockwise: int = 0
     blockwise_rate: float = 0.002
     blockwise_view: float = 0.0
-    blockwise_ahead: int = 0
+    blockwise_ahead: int = 1
     keep_dense: tuple[str, ...] = field(default=())
     dtype: str = "auto"
     device: str = "auto"

@@ -19,7 +19,7 @@ from bondsmith.model.hub import replace_matrices
 from bondsmith.nn.free import free_all
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages import blockwise
-from bondsmith.stages.blockwise import ExitMetric, Lesson, distill
+from bondsmith.stages.blockwise import Lesson, distill
 from bondsmith.stages.job import Job
 from bondsmith.stages.streams import Stream
 from bondsmith.stages.training import trainable
@@ -54,7 +54,7 @@ def test_training_brings_the_output_closer_and_the_file_keeps_its_form(home: Pat
     assert all(r["after"] <= r["before"] for r in rows)
     assert rows[0]["kept"]
     assert rows[0]["after"] < 0.99 * rows[0]["before"]
-    assert trained.results["quality"][0]["kl"] < 1.05 * plain.results["quality"][0]["kl"]  # of a random model: no worse
+    assert trained.results["quality"][0]["kl"] < 1.02 * plain.results["quality"][0]["kl"]  # of a random model: no worse
     files = [load_file(run.path / "bondsmith-00002-of-00004.safetensors") for run in (plain, trained)]
     assert {n: (t.shape, t.dtype) for n, t in files[0].items()} == {n: (t.shape, t.dtype) for n, t in files[1].items()}
     assert trained.load() is not None
@@ -114,28 +114,6 @@ def test_every_view_learns_and_only_networks_and_norms_move(tmp_path: Path, sett
     assert moved <= {n for n in after if "up_proj.cores" in n or "up_proj.pivots" in n or "layernorm" in n}
     assert any("cores" in n for n in moved)
     assert not any(p.requires_grad for p in trained.parameters())
-
-
-@pytest.mark.parametrize(("settings", "metrics"), [({}, 1), ({"blockwise_ahead": 1}, 2), ({"metric": "input"}, 0)])
-def test_gradients_weigh_the_error_where_they_are_known(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], metrics: int
-) -> None:
-    lessons: list[Lesson] = []
-    train = blockwise.distill
-    monkeypatch.setattr(blockwise, "distill", lambda task, *rest: (lessons.append(task), train(task, *rest))[1])
-    made = compress(home, tmp_path / "small", blockwise=1, **settings)
-    assert len(lessons[0].metrics) == metrics
-    for metric in lessons[0].metrics:
-        assert metric.weights.mean().item() == pytest.approx(1)
-        assert metric.B.shape == (32, 32)
-        assert torch.linalg.eigvalsh(metric.B)[0] > 0
-    assert made.results["blockwise"][0]["before"] > 0
-
-
-def test_an_error_counts_by_its_token_and_direction() -> None:
-    metric = ExitMetric(torch.diag(torch.tensor([4.0, 1.0])), torch.tensor([[0.5, 1.5], [1.0, 1.0]]))
-    moved = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
-    assert metric.errors(moved, torch.tensor([0])).tolist() == [[1.0, 3.0]]
 
 
 def test_windows_that_judge_are_not_fitted_to(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.nn import MPOLinear
+from bondsmith.stages import training
 from bondsmith.stages.training import Steps, trainable
 from bondsmith.tensor import Sites
 
@@ -55,3 +56,15 @@ def test_without_a_gradient_nothing_moves() -> None:
     assert all(
         torch.equal(moved, torch.zeros_like(moved)) for moved in step((torch.zeros(40, 20), torch.zeros(20, 30)))
     )
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_strips_of_a_wide_core_are_level_by_themselves(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    monkeypatch.setattr(training, "_STRIP", 8)
+    level = training._level(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    strips = (level if shape[0] < shape[1] else level.T).tensor_split(3)
+    for strip in strips:
+        values = torch.linalg.svdvals(strip)
+        assert len(strip) <= 8
+        assert values.max() / values.min() < 1.5
+        assert float(strip.square().mean()) == pytest.approx(1, rel=1e-4)

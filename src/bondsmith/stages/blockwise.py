@@ -1,11 +1,10 @@
 """Block-wise distillation: the networks of a block, just fitted, are trained to give what the original block gives.
 
 The block reads what the compressed blocks before it produce, and has to give what leaves the original block: so it also learns to undo
-their errors. A second view, the original's own inputs, keeps it from leaning on those errors. Where gradients of the loss were taken, they
-say how much every token and every direction of the error counts. Elsewhere it is the squared error of every token relative to the mean
-square of its hidden state: a few tokens of Llama-like models are a thousand times larger than the others; what the next original blocks
-make of the error then shows which of its directions matter. Some windows are neither fitted nor trained on; the state that is best on
-them is kept, the untrained one included.
+their errors. A second view, the original's own inputs, keeps it from leaning on those errors. The loss is the squared error of every
+token relative to the mean square of its hidden state: a few tokens of Llama-like models are a thousand times larger than the others.
+What the next original blocks make of the error counts too: they show which of its directions matter. Some windows are neither fitted nor
+trained on; the state that is best on them is kept, the untrained one included.
 """
 
 from __future__ import annotations
@@ -32,23 +31,6 @@ NORM_RATE = 1e-3
 PATIENCE = 2  # epochs in a row without a gain
 
 
-@dataclass(frozen=True, eq=False)
-class ExitMetric:
-    """How much an error of what leaves a block counts, from the gradients there.
-
-    Attributes:
-        B: second moment of the gradients over the weight of their tokens, (width, width).
-        weights: of tokens, (windows, tokens), 1 in the mean.
-    """
-
-    B: Tensor
-    weights: Tensor
-
-    def errors(self, moved: Tensor, index: Tensor) -> Tensor:
-        """Returns what moving the hidden states of some windows costs, (windows, tokens) in nats, if all else is the original's."""
-        return 0.5 * ((moved @ self.B) * moved).sum(-1) * self.weights[index].to(moved.device)
-
-
 @dataclass(frozen=True)
 class Lesson:
     """What one block learns from: windows, the two hidden states that enter it and the one that leaves the original.
@@ -60,7 +42,6 @@ class Lesson:
         original: what the original blocks before it give.
         target: what leaves the original block.
         ahead: the original blocks after it that are looked through, as functions of (ids, hidden states).
-        metrics: of what leaves the block and each of those ahead; empty for relative errors.
     """
 
     runner: BlockRunner
@@ -71,13 +52,6 @@ class Lesson:
     target: Stream
     device: torch.device
     ahead: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
-    metrics: tuple[ExitMetric, ...] = ()
-
-    def loss(self, place: int, out: Tensor, target: Tensor, index: Tensor) -> Tensor:
-        """Returns the mean error of some windows; `place` counts the blocks from this one on."""
-        if self.metrics:
-            return self.metrics[place].errors(out - target, index).mean()
-        return relative_errors(out, target).mean()
 
 
 @dataclass(frozen=True)
@@ -178,12 +152,12 @@ def _loss(lesson: Lesson, block: nn.Module, stream: Stream, index: Tensor) -> Te
     """Returns the error of the block's output, and of what the next original blocks make of it."""
     ids, target = lesson.ids[index].to(lesson.device), _rows(lesson, lesson.target, index)
     out = lesson.runner.block(lesson.index, ids, _rows(lesson, stream, index), block)
-    loss = lesson.loss(0, out, target, index)
-    for place, further in enumerate(lesson.ahead, 1):
+    loss = relative_errors(out, target).mean()
+    for further in lesson.ahead:
         with torch.no_grad():
             target = further(ids, target)
         out = further(ids, out)
-        loss = loss + AHEAD_WEIGHT / len(lesson.ahead) * lesson.loss(place, out, target, index)
+        loss = loss + AHEAD_WEIGHT / len(lesson.ahead) * relative_errors(out, target).mean()
     return loss
 
 

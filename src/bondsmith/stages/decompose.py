@@ -21,10 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import empty, stored_names
-from bondsmith.model.tracing import added_to_stream, capture_inputs, trace_groups
+from bondsmith.model.tracing import capture_inputs
 from bondsmith.nn.packed import saved_state
 from bondsmith.stages import blockwise
-from bondsmith.stages.blockwise import ExitMetric
 from bondsmith.stages.fitting import fit_matrix, plain_form
 from bondsmith.stages.job import Job
 from bondsmith.stages.moment import Moment, stream_weights
@@ -102,20 +101,19 @@ def _compress_block(job: Job, k: int) -> None:
         compressed.set_submodule(name, layer)
     if job.recipe.blockwise and layers:
         dense = [name for name in reduced if isinstance(compressed.get_submodule(name), nn.Linear | Conv1D)]
-        compressed = _train(job, k, original, compressed, dense)
+        compressed = _train(job, k, compressed, dense)
     write_json(job.work / f"errors-{k}.json", errors)
     write_shard(job.shard(k), {prefix + n: t for n, t in saved_state(compressed, job.dtype).items()})
 
 
-def _train(job: Job, k: int, original: nn.Module, compressed: nn.Module, dense: list[str]) -> nn.Module:
+def _train(job: Job, k: int, compressed: nn.Module, dense: list[str]) -> nn.Module:
     """Returns the block after block-wise distillation; what leaves it goes to the stream of the next one."""
     streams = (job.stream("compressed", k), job.stream("original", k), job.stream("original", k + 1))
     further = range(k + 1, min(k + 1 + job.recipe.blockwise_ahead, len(job.runner)))
     for j in further:
         job.load(j)
     ahead = tuple(partial(job.runner.block, j) for j in further)
-    metrics = _exit_metrics(job, k, original, [k, *further])
-    lesson = blockwise.Lesson(job.runner, k, job.ids, *streams, job.device, ahead, metrics)
+    lesson = blockwise.Lesson(job.runner, k, job.ids, *streams, job.device, ahead)
     trained, outcome = blockwise.distill(lesson, compressed, job.recipe, job.dtype, dense)
     for j in further:
         empty(job.runner.blocks[j])
@@ -123,29 +121,6 @@ def _train(job: Job, k: int, original: nn.Module, compressed: nn.Module, dense: 
         leave(job, k, trained)
     write_json(job.work / f"blockwise-{k}.json", asdict(outcome) | {"block": k})
     return trained
-
-
-@torch.no_grad()
-def _exit_metrics(job: Job, k: int, original: nn.Module, blocks: list[int]) -> tuple[ExitMetric, ...]:
-    """Returns the metric of what leaves each of some blocks like block k; none where the gradients there are not known.
-
-    They are where the last matrix of a block adds to its output: what reaches one reaches the other.
-    """
-    if job.fisher is None:
-        return ()
-    first, entering = job.windows(0, 1), job.rows(job.stream("original", k), 0, 1)
-    run = partial(job.runner.block, k, first, entering)
-    groups = trace_groups(original, run)
-    name = groups[-1].names[0]
-    if name not in added_to_stream(original, groups, entering, run):
-        return ()
-    found = []
-    for j in blocks:
-        B, weights = load_output_moments(job.fisher, j).get(name), job.token_weights(j, groups[-1])
-        if B is None or weights is None:
-            return ()
-        found.append(ExitMetric(B.to(job.device), weights / weights.mean()))
-    return tuple(found)
 
 
 Put = Callable[[str, Tensor | None, Tensor | None], None]
