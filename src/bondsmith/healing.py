@@ -103,7 +103,7 @@ def heal(
     chosen = HealSettings.from_settings(settings)
     source = open_compressed(Path(directory).expanduser().absolute())
     place = source.path if out is None else Path(out).expanduser().absolute()
-    for spec in chosen.data:
+    for spec in (*chosen.data, *chosen.evaluation):
         check_spec(spec)
     with joined(chosen.device) as ranks:
         partial_place = place.with_name(place.name + ".partial")
@@ -223,7 +223,8 @@ class _Run:
 
     def keep_fingerprint(self, original: Source | None) -> None:
         """Writes the fingerprint, or compares it with the one found; RunError names what has changed."""
-        files = [Path(s).expanduser() for s in self.settings.data if not s.startswith("hf:")]
+        specs = (*self.settings.data, *self.settings.evaluation)
+        files = [Path(s).expanduser() for s in specs if not s.startswith("hf:")]
         inputs = [*self.source.files, self.source.path / "config.json", *files, *(original.files if original else ())]
         now = {
             "format": FORMAT,
@@ -269,6 +270,7 @@ class _Run:
             window=min(s.window, longest),
             answers=answers,
             seed=s.seed,
+            evaluation=s.evaluation,
         )
 
     def student(self) -> PreTrainedModel:

@@ -145,6 +145,9 @@ def heal(
     validation_windows: Annotated[int | None, typer.Option(help="Windows per text that are held out (4).")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations (eight in all).")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints besides.")] = None,
+    evaluation: Annotated[
+        list[str] | None, typer.Option(help="Other text to measure the healed model on. Repeatable.")
+    ] = None,
     patience: Annotated[int | None, typer.Option(help="Validations without a gain that end it (4; 0 never).")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Device = None,
@@ -173,6 +176,7 @@ def heal(
             "round_bits": round_bits,
             "loss_on": loss_on,
             "validation_windows": validation_windows,
+            "evaluation": evaluation or None,
             "validate_every": validate_every,
             "save_every": save_every,
             "patience": patience,

@@ -53,6 +53,16 @@ def test_short_samples_share_a_window_and_long_ones_are_split(tmp_path: Path) ->
     assert min(filled) > 48, "windows are badly filled"
 
 
+def test_other_text_is_measured_on_but_neither_trained_nor_validated(tmp_path: Path) -> None:
+    trained, other = chats(tmp_path / "trained.jsonl.gz"), tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"w{i} w1 w2 w3"}) + "\n" for i in range(200)))
+    alone, both = read(trained), read(trained, evaluation=[str(other), str(trained)])
+    assert both.train.sha256 == alone.train.sha256
+    assert both.held.sha256 == alone.held.sha256
+    assert [p.spec for p in both.plain] == [str(trained), str(other)]
+    assert both.plain[1].ids.shape == (2, 64)
+
+
 def test_only_what_the_assistant_says_counts(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     windows = read(chats(tmp_path / "chat.jsonl.gz"), answers=True).train

@@ -109,11 +109,20 @@ class Samples:
 
 
 def read_samples(
-    specs: Sequence[str], tokenizer: Any, *, tokens: int, held_out: int, window: int, answers: bool, seed: int
+    specs: Sequence[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    held_out: int,
+    window: int,
+    answers: bool,
+    seed: int,
+    evaluation: Sequence[str] = (),
 ) -> Samples:
     """Returns the training windows, `tokens` tokens in all or what there is, and `held_out` windows of each SPEC.
 
-    Training documents and held-out ones never overlap; the held-out ones come first, as they do in `bondsmith compress`.
+    Training documents and held-out ones never overlap; the held-out ones come first, as they do in `bondsmith compress`. As many windows
+    of each other SPEC for `evaluation` are added to those that quality is measured on.
 
     Raises:
         DataError: a text is missing, too short, or holds chats that the model has no template for.
@@ -137,6 +146,9 @@ def read_samples(
         train.append(rest)
         held.append(first)
         plain.append(running)
+    for spec in evaluation:
+        if spec not in specs:
+            plain.append(data.read_windows(spec, tokenizer, count=held_out, window=window, seed=seed))
     return Samples(join(train), join(held), tuple(plain))
 
 

@@ -41,6 +41,7 @@ class HealSettings:
             their scales trained, whatever stands here.
         loss_on: all tokens, the assistant's answers only, or auto: answers without a teacher, all with one.
         validation_windows: windows per SPEC that are kept apart to validate on.
+        evaluation: SPECs of other text that the healed model is measured on at the end, as many windows of each.
         validate_every, save_every: steps; 0 is eight times in all, and at every validation (and every ten minutes).
         patience: validations in a row without a gain that end the training; 0 for none.
         resident: ask the original while training, instead of its predictions on disk.
@@ -66,6 +67,7 @@ class HealSettings:
     round_group: int = 64
     loss_on: str = "auto"
     validation_windows: int = 4
+    evaluation: tuple[str, ...] = ()
     validate_every: int = 0
     save_every: int = 0
     patience: int = 4
@@ -76,7 +78,9 @@ class HealSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", (self.data,) if isinstance(self.data, str) else tuple(self.data))
+        for name in ("data", "evaluation"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         self._check_types()
         self._check()
 
