@@ -32,10 +32,12 @@ class LeftOut:
 
     @classmethod
     def of(cls, others: Tensor, own: Tensor, weight: float) -> LeftOut:
-        """Returns the part with moment `own`; `others` is that of all other parts together, both (I, I)."""
-        values, vectors = torch.linalg.eigh(others.to(torch.float64))
-        vectors = vectors.float()
-        return cls(values.clamp_min(0).float(), vectors, vectors.T @ own.float() @ vectors, weight)
+        """Returns the part with moment `own`; `others` is that of all other parts together, both (I, I).
+
+        In float32: the least ridge is a thousand times what rounding adds to an eigenvalue, and float64 takes 2.5 times as long.
+        """
+        values, vectors = torch.linalg.eigh(others.float())
+        return cls(values.clamp_min(0), vectors, vectors.T @ own.float() @ vectors, weight)
 
 
 class Choice:
