@@ -28,7 +28,7 @@ BATCH_TOKENS = 2048
 WARMUP = 0.1
 AHEAD_WEIGHT = 2.0  # of the errors after all blocks looked through together; the block's own counts 1
 NORM_RATE = 1e-3
-PATIENCE = 2  # epochs in a row without a gain
+PATIENCE = 2  # passes in a row without a gain
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def distill(
     if not held or not taught:
         return block, Outcome(before, before, 0, False)
     learner = _Learner(lesson, copy.deepcopy(block), recipe, taught, dense)
-    best, best_error, misses = learner.state(), before, 0
-    while learner.epochs < recipe.blockwise and misses < PATIENCE:
+    best, best_error, gains, misses = learner.state(), before, 0, 0
+    while gains < recipe.blockwise and misses < PATIENCE:
         learner.epoch()
         error = _error(lesson, learner.block, held)
         if error < best_error:
-            best, best_error, misses = learner.state(), error, 0
+            best, best_error, gains, misses = learner.state(), error, gains + 1, 0
         else:
             misses += 1
             learner.restore(best)
@@ -107,12 +107,13 @@ class _Learner:
         self.optimizer = Steps(block, trainable(block, dense=dense), recipe.blockwise_rate, NORM_RATE)
         self.batch = max(1, BATCH_TOKENS // lesson.ids.shape[1])
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.epochs = self.step = 0
+        self.epochs = self.step = self.first = 0
         self.damping = 1.0
 
     def epoch(self) -> None:
         """Trains once over all windows, in a new order."""
         total = self.recipe.blockwise * -(-self.windows // self.batch)
+        self.first = self.step
         for index in torch.randperm(self.windows, generator=self.generator).split(self.batch):
             self.optimizer.scale = self.damping * cosine(self.step, total, WARMUP)
             self.optimizer.zero_grad()
@@ -126,9 +127,10 @@ class _Learner:
         return {name: tensor.detach().clone() for name, tensor in self.block.state_dict().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Goes back to a better state, and on from there with half the rate."""
+        """Goes back to a better state; the next pass is the last one again, with half the rate."""
         self.block.load_state_dict(state)
         self.damping /= 2
+        self.step = self.first
 
     @torch.no_grad()
     def finished(self, dtype: torch.dtype) -> nn.Module:
