@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5, 0.3])
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
-    parser.add_argument("--blockwise", type=int, nargs="+", default=[0, 3], help="passes; 0 is without")
+    parser.add_argument("--blockwise", type=int, nargs="+", default=[0, 1], help="passes; 0 is without")
     parser.add_argument(
         "--compress", nargs="*", default=[], help="other settings of the compression, e.g. uniform=true"
     )
