@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_chat_goes_through_the_models_own_template(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(30)))
-    ids = read_windows(str(path), TOKENIZER, count=4, window=20).ids
+    ids = read_windows(str(path), TOKENIZER, count=2, window=60).ids
     text = TOKENIZER.decode(ids.flatten())
     assert text.count("<s>user w5</s><s>assistant w6</s>") >= 2
     TOKENIZER_WITHOUT = tiny_tokenizer()
@@ -55,6 +56,44 @@ def test_held_out_documents_are_never_calibrated_on(tmp_path: Path) -> None:
     shared = {w for w in words[0] & words[1] if w.startswith("w")}
     assert len(words[0]) > 3
     assert not shared - {""}
+
+
+def long_and_short(path: Path, long: int = 10, short: int = 10) -> str:
+    """Documents of 400 and of 13 tokens or so, each of its own word."""
+    texts = [f"w{i} " * (200 if i < long else 6) for i in range(long + short)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return str(path)
+
+
+def words_of(ids: torch.Tensor) -> set[str]:
+    return set(re.findall(r"w\d+", TOKENIZER.decode(ids)))
+
+
+def test_one_piece_of_every_document_comes_before_a_second_of_any(tmp_path: Path) -> None:
+    spec = long_and_short(tmp_path / "a.jsonl", short=0)
+    windows = read_windows(spec, TOKENIZER, count=10, window=40)
+    assert windows.documents == 10
+    whole = [words_of(ids) for ids in windows.ids]
+    assert [len(words) for words in whole] == [1] * 10, "a window of a long document is of it alone"
+    assert len(set.union(*whole)) >= 9, "at most one document had its short end drawn"
+    assert len(set.union(*(words_of(ids) for ids in read_windows(spec, TOKENIZER, count=20, window=40).ids))) == 10
+
+
+def test_short_pieces_are_joined_and_all_of_a_text_is_used(tmp_path: Path) -> None:
+    spec = long_and_short(tmp_path / "a.jsonl")
+    everything = read_windows(spec, TOKENIZER, count=10**6, window=40)
+    rows = Path(spec).read_text().splitlines()
+    tokens = sum(len(TOKENIZER(json.loads(row)["text"])["input_ids"]) + 1 for row in rows)
+    assert tokens - 40 - 20 <= everything.ids.numel() <= tokens
+    assert words_of(everything.ids.flatten()) == {f"w{i}" for i in range(20)}
+    assert max(len(words_of(ids)) for ids in everything.ids) > 1
+
+
+def test_evaluation_keeps_to_a_fifth_of_the_documents_while_that_is_enough(tmp_path: Path) -> None:
+    spec = long_and_short(tmp_path / "a.jsonl", long=20, short=0)
+    counts = [read_windows(spec, TOKENIZER, count=n, window=40, spare=True).documents for n in (2, 4, 20, 60)]
+    assert counts[:3] == [2, 4, 4]
+    assert 4 < counts[3] <= 20
 
 
 def test_tokens_are_shared_between_sources(tmp_path: Path) -> None:

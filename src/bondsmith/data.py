@@ -6,8 +6,9 @@ A SPEC is one of
     FILE.jsonl, FILE.jsonl.gz   one document a row: column `text`, `page` or `messages` (chat, through the model's own template)
     hf:DATASET[:CONFIG[:SPLIT]] the same columns of a hub data set (split `train` by default)
 
-Documents are shuffled with the seed, tokenised, joined and cut into windows of equal length. The documents used for calibration and
-for evaluation never overlap: evaluation takes its windows first, calibration goes on with the documents that are left.
+Documents are shuffled with the seed and tokenised. One piece of each, a window long at most, is taken before a second of any: windows of
+one long document say much the same. Short pieces are joined. The documents used for calibration and for evaluation never overlap:
+evaluation takes its windows first, calibration goes on with the documents that are left.
 """
 
 from __future__ import annotations
@@ -19,15 +20,20 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 COLUMNS = ("text", "page", "messages")
 SELF = "self"
+_SPARING = 5  # evaluation keeps to one document in so many
 _HUB_ROWS = 10_000  # of a hub data set are streamed and shuffled; more would only cost download
+
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -75,33 +81,80 @@ def check_spec(spec: str) -> None:
         raise DataError(f"{spec} is empty: a calibration text needs at least one document")
 
 
+def sparing(rows: Sequence[Any]) -> int:
+    """Returns how many of the first documents evaluation keeps to, as long as there is enough in them: others want some, too."""
+    return max(1, len(rows) // _SPARING)
+
+
+def in_rounds(rows: Sequence[Any], cut: Callable[[Any], list[T]], seed: int) -> Iterator[tuple[int, T]]:
+    """Yields a piece of every document with the document's place, then a second one of those that have more, and so on.
+
+    >>> "".join(piece for _, piece in in_rounds(["aaa", "b", "cc"], list, 0))
+    'abcaca'
+    """
+    draw = random.Random(seed)
+    left = []
+    for place, row in enumerate(rows):
+        pieces = cut(row)
+        draw.shuffle(pieces)
+        left.append((place, pieces))
+        if pieces:
+            yield place, pieces.pop()
+    while left := [(place, pieces) for place, pieces in left if pieces]:
+        for place, pieces in left:
+            yield place, pieces.pop()
+
+
 def read_windows(
-    spec: str, tokenizer: Any, *, count: int, window: int, seed: int = 0, skip: int = 0, at_least: int = 1
+    spec: str,
+    tokenizer: Any,
+    *,
+    count: int,
+    window: int,
+    seed: int = 0,
+    skip: int = 0,
+    at_least: int = 1,
+    spare: bool = False,
 ) -> Windows:
     """Returns up to `count` windows of `window` tokens of a SPEC other than `self`, from the documents after the first `skip`.
 
     Args:
         at_least: fewer windows than this is an error.
+        spare: keep to the first fifth of the documents, if there is enough in them.
 
     Raises:
         DataError: the file, data set or column is missing, or the text is too short.
     """
     rows = list(documents(spec))
     random.Random(seed).shuffle(rows)
-    tokens: list[int] = []
+    rows = rows[skip:]
+    near = sparing(rows) if spare else len(rows)
+    windows: list[list[int]] = []
+    short: list[int] = []
     used = 0
-    for document in rows[skip:]:
-        if len(tokens) >= count * window:
-            break
-        tokens += _tokenise(document, tokenizer, spec)
-        used += 1
-    found = min(len(tokens) // window, count)
-    if found < at_least:
+
+    def cut(document: str | list[dict[str, str]]) -> list[list[int]]:
+        tokens = _tokenise(document, tokenizer, spec)
+        return [tokens[first : first + window] for first in range(0, len(tokens), window)]
+
+    for start, part in ((0, rows[:near]), (near, rows[near:])):
+        for place, piece in in_rounds(part, cut, seed) if len(windows) < count else ():
+            used = max(used, start + place + 1)
+            if len(piece) == window:
+                windows.append(piece)
+            else:
+                short += piece
+            if len(short) >= window:
+                windows.append(short[:window])
+                short = short[window:]
+            if len(windows) >= count:
+                break
+    if len(windows) < at_least:
         raise DataError(
-            f"{spec} is too short: {len(tokens)} tokens in {used} documents, {at_least * window} are needed "
+            f"{spec} is too short: {len(windows) * window + len(short)} tokens in {used} documents, {at_least * window} are needed "
             f"({at_least} windows of {window}); give more text, a smaller --tokens or --window"
         )
-    return Windows(spec, torch.tensor(tokens[: found * window]).view(found, window), used)
+    return Windows(spec, torch.tensor(windows[:count], dtype=torch.int64).view(-1, window), used)
 
 
 def split_windows(
@@ -111,12 +164,10 @@ def split_windows(
     share = -(-tokens // window // len(specs)) if specs else 0
     calibration, evaluation = [], []
     for spec in specs:
-        held = read_windows(spec, tokenizer, count=held_out, window=window, seed=seed) if held_out else None
-        skip = held.documents if held else 0
+        read = partial(read_windows, spec, tokenizer, window=window, seed=seed)
+        held = read(count=held_out, spare=True) if held_out else None
         at_least = max(1, (tokens // window // len(specs)) // 2)
-        calibration.append(
-            read_windows(spec, tokenizer, count=share, window=window, seed=seed, skip=skip, at_least=at_least)
-        )
+        calibration.append(read(count=share, skip=held.documents if held else 0, at_least=at_least))
         evaluation += [held] if held else []
     return calibration, evaluation
 

@@ -41,16 +41,26 @@ def test_short_samples_share_a_window_and_long_ones_are_split(tmp_path: Path) ->
     found = read(long, tokens=10**6, held_out=1)
     assert found.train.split == 1
     tokens = tiny_tokenizer()(" ".join(words))["input_ids"]
-    again = [tokens[0]]
-    for ids, positions in zip(found.train.ids, found.train.positions, strict=True):
-        assert positions.tolist()[:5] == [0, 1, 2, 3, 4]
-        again += ids[1:].tolist()  # a piece starts with the last token of the one before
-    assert again[: len(tokens)] == tokens, "a token of a long document is missing"
+    assert found.train.positions[:, :5].tolist() == [[0, 1, 2, 3, 4]] * len(found.train)
+    pieces = {tuple(ids.tolist()) for ids in found.train.ids}
+    for first in range(0, len(tokens) - 64, 63):  # a piece starts with the last token of the one before
+        assert tuple(tokens[first : first + 64]) in pieces, "a token of a long document is missing"
     short = read(chats(tmp_path / "chat.jsonl.gz")).train
     starts = (short.positions == 0).sum(-1)
     assert starts.min() > 1
     filled = [int((ids != 0).sum()) for ids in short.ids[:-1]]
     assert min(filled) > 48, "windows are badly filled"
+
+
+def test_training_text_comes_from_as_many_documents_as_there_are(tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"text": f"w{i} " * 400}) + "\n" for i in range(40)))
+    found = read(long, tokens=20 * 64)
+    firsts = {int(ids[5]) for ids in found.train.ids}
+    assert len(found.train) == 20
+    assert len(firsts) >= 19, "several windows of one document"
+    held = {int(ids[5]) for ids in found.held.ids} | {int(ids[5]) for ids in found.plain[0].ids}
+    assert not held & firsts
 
 
 def test_other_text_is_measured_on_but_neither_trained_nor_validated(tmp_path: Path) -> None:

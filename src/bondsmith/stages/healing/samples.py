@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,9 +134,11 @@ def read_samples(
             raise DataError("self: healing needs a text; give a .txt, .jsonl or .jsonl.gz file or hf:DATASET")
         rows = list(documents(spec))
         random.Random(seed).shuffle(rows)
-        first = _pack(rows, spec, tokenizer, held_out, window, answers)
-        running = data.read_windows(spec, tokenizer, count=held_out, window=window, seed=seed)
-        rest = _pack(rows[max(first.documents, running.documents) :], spec, tokenizer, share, window, answers)
+        how = (spec, tokenizer, window, answers, seed)
+        first = _pack(rows[: data.sparing(rows)], held_out, *how)
+        first = first if len(first) == held_out else _pack(rows, held_out, *how)
+        running = data.read_windows(spec, tokenizer, count=held_out, window=window, seed=seed, spare=True)
+        rest = _pack(rows[max(first.documents, running.documents) :], share, *how)
         if len(first) < held_out or not len(rest):
             raise DataError(
                 f"{spec} is too short: {len(rows)} documents fill {len(first) + len(rest)} windows of {window} tokens, "
@@ -152,18 +154,23 @@ def read_samples(
     return Samples(join(train), join(held), tuple(plain))
 
 
-def _pack(rows: Iterable[Any], spec: str, tokenizer: Any, count: int, window: int, answers: bool) -> Windows:
-    """Returns up to `count` windows of the first documents that fill them."""
+def _pack(rows: Sequence[Any], count: int, spec: str, tokenizer: Any, window: int, answers: bool, seed: int) -> Windows:
+    """Returns up to `count` windows, of pieces of as many documents as there are."""
     packer = _Packer(window, count, _padding(tokenizer))
-    used = split = 0
-    for row in rows:
+    lengths: list[int] = []
+    used: set[int] = set()
+
+    def cut(row: Any) -> list[Piece]:
         pieces = list(_split(_tokenise(row, spec, tokenizer, answers), window))
-        placed = [packer.add(piece) for piece in pieces]
-        used, split = used + any(placed), split + (len(pieces) > 1 and any(placed))
-        if not all(placed):
+        lengths.append(len(pieces))
+        return pieces
+
+    for place, piece in data.in_rounds(rows, cut, seed):
+        if not packer.add(piece):
             break
+        used.add(place)
     ids, positions, counts = packer.tensors()
-    return Windows(ids, positions, counts, used, split)
+    return Windows(ids, positions, counts, max(used, default=-1) + 1, sum(lengths[place] > 1 for place in used))
 
 
 class _Packer:
