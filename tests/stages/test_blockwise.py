@@ -48,13 +48,13 @@ def compress(home: Path, out: Path, **settings: Any) -> bondsmith.Compressed:
 def test_training_brings_the_output_closer_and_the_file_keeps_its_form(home: Path, tmp_path: Path) -> None:
     settings = {"evaluate": True, "stream_strength": 0.0}  # which brings the output closer in closed form
     plain = compress(home, tmp_path / "plain", **settings)
-    trained = compress(home, tmp_path / "trained", blockwise=6, **settings)
+    trained = compress(home, tmp_path / "trained", blockwise=3, blockwise_rate=0.01, **settings)
     rows = trained.results["blockwise"]
     assert [r["block"] for r in rows] == [0, 1, 2]
     assert all(r["after"] <= r["before"] for r in rows)
     assert rows[0]["kept"]
     assert rows[0]["after"] < 0.99 * rows[0]["before"]
-    assert trained.results["quality"][0]["kl"] < 1.02 * plain.results["quality"][0]["kl"]  # of a random model: no worse
+    assert trained.results["quality"][0]["kl"] < plain.results["quality"][0]["kl"]
     files = [load_file(run.path / "bondsmith-00002-of-00004.safetensors") for run in (plain, trained)]
     assert {n: (t.shape, t.dtype) for n, t in files[0].items()} == {n: (t.shape, t.dtype) for n, t in files[1].items()}
     assert trained.load() is not None
