@@ -63,7 +63,8 @@ def weights(directory: Path) -> dict[str, bytes]:
 
 def test_it_comes_closer_to_the_original(home: Path, tmp_path: Path) -> None:
     before = weights(home / "small")
-    done = heal(home, tmp_path / "out")
+    other = write_text(tmp_path / "other.txt", 1000, seed=3)
+    done = heal(home, tmp_path / "out", evaluation=str(other))
     curve = done.healing["curve"]
     assert [e["step"] for e in curve] == [0, 2, 4, 6, 8, 10]
     assert curve[-1]["kl"] < 0.6 * curve[0]["kl"]
@@ -73,6 +74,7 @@ def test_it_comes_closer_to_the_original(home: Path, tmp_path: Path) -> None:
     assert new["healing"]["curve"] == curve
     assert new["size"] == old["size"]
     assert new["quality"][0]["kl"] != old["quality"][0]["kl"]
+    assert [row["text"] for row in new["quality"]] == ["text.txt", "other.txt"]
     assert "Healed" in (tmp_path / "out" / "report.html").read_text()
     assert str(done).count("\n") == len(curve)
     ids = torch.arange(3, 40)[None]

@@ -32,7 +32,6 @@ SELF = "self"
 _SPARING = 5  # evaluation keeps to one document in so many
 _HUB_ROWS = 10_000  # of a hub data set are streamed and shuffled; more would only cost download
 
-
 T = TypeVar("T")
 
 
@@ -81,28 +80,30 @@ def check_spec(spec: str) -> None:
         raise DataError(f"{spec} is empty: a calibration text needs at least one document")
 
 
-def sparing(rows: Sequence[Any]) -> int:
-    """Returns how many of the first documents evaluation keeps to, as long as there is enough in them: others want some, too."""
-    return max(1, len(rows) // _SPARING)
-
-
-def in_rounds(rows: Sequence[Any], cut: Callable[[Any], list[T]], seed: int) -> Iterator[tuple[int, T]]:
+def in_rounds(
+    rows: Sequence[Any], cut: Callable[[Any], list[T]], seed: int, spare: bool = False
+) -> Iterator[tuple[int, T]]:
     """Yields a piece of every document with the document's place, then a second one of those that have more, and so on.
+
+    Args:
+        spare: all of the first fifth of the documents comes before any other: where that is enough, others are left.
 
     >>> "".join(piece for _, piece in in_rounds(["aaa", "b", "cc"], list, 0))
     'abcaca'
     """
     draw = random.Random(seed)
-    left = []
-    for place, row in enumerate(rows):
-        pieces = cut(row)
-        draw.shuffle(pieces)
-        left.append((place, pieces))
-        if pieces:
-            yield place, pieces.pop()
-    while left := [(place, pieces) for place, pieces in left if pieces]:
-        for place, pieces in left:
-            yield place, pieces.pop()
+    near = max(1, len(rows) // _SPARING) if spare else len(rows)
+    for start, part in ((0, rows[:near]), (near, rows[near:])):
+        left = []
+        for place, row in enumerate(part, start):
+            pieces = cut(row)
+            draw.shuffle(pieces)
+            left.append((place, pieces))
+            if pieces:
+                yield place, pieces.pop()
+        while left := [(place, pieces) for place, pieces in left if pieces]:
+            for place, pieces in left:
+                yield place, pieces.pop()
 
 
 def read_windows(
@@ -120,7 +121,7 @@ def read_windows(
 
     Args:
         at_least: fewer windows than this is an error.
-        spare: keep to the first fifth of the documents, if there is enough in them.
+        spare: as in `in_rounds`.
 
     Raises:
         DataError: the file, data set or column is missing, or the text is too short.
@@ -128,7 +129,6 @@ def read_windows(
     rows = list(documents(spec))
     random.Random(seed).shuffle(rows)
     rows = rows[skip:]
-    near = sparing(rows) if spare else len(rows)
     windows: list[list[int]] = []
     short: list[int] = []
     used = 0
@@ -137,18 +137,17 @@ def read_windows(
         tokens = _tokenise(document, tokenizer, spec)
         return [tokens[first : first + window] for first in range(0, len(tokens), window)]
 
-    for start, part in ((0, rows[:near]), (near, rows[near:])):
-        for place, piece in in_rounds(part, cut, seed) if len(windows) < count else ():
-            used = max(used, start + place + 1)
-            if len(piece) == window:
-                windows.append(piece)
-            else:
-                short += piece
-            if len(short) >= window:
-                windows.append(short[:window])
-                short = short[window:]
-            if len(windows) >= count:
-                break
+    for place, piece in in_rounds(rows, cut, seed, spare):
+        if len(windows) >= count:
+            break
+        used = max(used, place + 1)
+        if len(piece) == window:
+            windows.append(piece)
+        else:
+            short += piece
+        if len(short) >= window:
+            windows.append(short[:window])
+            short = short[window:]
     if len(windows) < at_least:
         raise DataError(
             f"{spec} is too short: {len(windows) * window + len(short)} tokens in {used} documents, {at_least * window} are needed "

@@ -283,13 +283,13 @@ class Run:
         specs = tuple(dict.fromkeys(r.calibration)) if r.needs_moments else ()
         texts = [s for s in specs if s != SELF]
         tokens = r.tokens * len(texts) // max(1, len(specs))
-        read = partial(read_windows, tokenizer=tokenizer, count=held, window=window, seed=r.seed)
         calibration, held_out = split_windows(
             texts, tokenizer, tokens=tokens, held_out=held, window=window, seed=r.seed
         )
         own_evaluation = [s for s in r.evaluation if s not in texts and s != SELF]
         if held:
-            held_out += [read(spec) for spec in own_evaluation]
+            for spec in own_evaluation:
+                held_out.append(read_windows(spec, tokenizer, count=held, window=window, seed=r.seed))
         own = -(-(r.tokens - tokens) // window) if SELF in specs else 0
         extra = held if SELF in (*specs, *r.evaluation) or (held and not held_out) else 0
         if own or extra:

@@ -91,7 +91,7 @@ def test_rounding_in_passing_lets_the_gradient_through() -> None:
     grid = Grid(2, 6)
     simulate_rounding(layer, grid)
     assert all(isinstance(core, SimulatedLinear) for core in layer.cores)
-    assert {n: t.data_ptr() for n, t in layer.state_dict().items()}.keys() == kept.keys()
+    assert layer.state_dict().keys() == kept.keys()
     left, right = (round_to_nearest(core.weight.detach(), grid).dequantize(torch.float32) for core in layer.cores)
     x = torch.randn(4, 18)
     assert torch.allclose(layer.cores[1](x), x @ right.T)

@@ -82,9 +82,8 @@ def _balanced(mpo: MPO) -> list[Tensor]:
         a, o, i, b = cores[k].shape
         u, s, vt = torch.linalg.svd(cores[k].reshape(a * o * i, b), full_matrices=False)
         cores[k], cores[k + 1] = u.reshape(a, o, i, -1), torch.tensordot(s[:, None] * vt, cores[k + 1], 1)
-        roots.append(
-            s.sqrt().clamp_min(_SMALLEST * float(s[0].sqrt()) or 1.0)
-        )  # a matrix of zeros has nothing to share
+        least = _SMALLEST * float(s[0].sqrt()) or 1.0  # a matrix of zeros has nothing to share
+        roots.append(s.sqrt().clamp_min(least))
     for k, root in enumerate(roots):
         cores[k] = cores[k] * root
         cores[k + 1] = cores[k + 1] / root[:, None, None, None]

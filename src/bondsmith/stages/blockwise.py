@@ -151,7 +151,7 @@ def _backward(lesson: Lesson, block: nn.Module, index: Tensor, recipe: Recipe) -
 
 
 def _loss(lesson: Lesson, block: nn.Module, stream: Stream, index: Tensor) -> Tensor:
-    """Returns the error of the block's output, and of what the next original blocks make of it."""
+    """Returns the mean relative squared error of the block's output, and of what the next original blocks make of it."""
     ids, target = lesson.ids[index].to(lesson.device), _rows(lesson, lesson.target, index)
     out = lesson.runner.block(lesson.index, ids, _rows(lesson, stream, index), block)
     loss = relative_errors(out, target).mean()

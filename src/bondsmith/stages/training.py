@@ -25,7 +25,7 @@ from bondsmith.nn.linear import MPOLinear
 MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
 _DENSE = (nn.Linear, nn.Embedding, Conv1D)
-_STRIP = 256
+_STRIP = 256  # rows of a core that are made orthogonal to each other
 _SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
 # Odd quintics one after the other, each the best for what the one before leaves (Amsel et al. 2025), by linear programming on a grid:
 # singular values from 0.003 to 1 come within 0.2 of 1
@@ -165,7 +165,7 @@ def _level(matrix: Tensor) -> Tensor:
 
 
 def _level_strip(x: Tensor) -> Tensor:
-    """All steps are taken on the Gram matrix of the small side, whose polynomials commute."""
+    """Returns what `_level` does of a strip at least as wide as high; all steps are on its Gram matrix, whose polynomials commute."""
     x = x / (x.norm() + 1e-12)
     gram = x @ x.T
     square = gram @ gram

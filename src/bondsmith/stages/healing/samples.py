@@ -135,8 +135,7 @@ def read_samples(
         rows = list(documents(spec))
         random.Random(seed).shuffle(rows)
         how = (spec, tokenizer, window, answers, seed)
-        first = _pack(rows[: data.sparing(rows)], held_out, *how)
-        first = first if len(first) == held_out else _pack(rows, held_out, *how)
+        first = _pack(rows, held_out, *how, spare=True)
         running = data.read_windows(spec, tokenizer, count=held_out, window=window, seed=seed, spare=True)
         rest = _pack(rows[max(first.documents, running.documents) :], share, *how)
         if len(first) < held_out or not len(rest):
@@ -154,8 +153,17 @@ def read_samples(
     return Samples(join(train), join(held), tuple(plain))
 
 
-def _pack(rows: Sequence[Any], count: int, spec: str, tokenizer: Any, window: int, answers: bool, seed: int) -> Windows:
-    """Returns up to `count` windows, of pieces of as many documents as there are."""
+def _pack(
+    rows: Sequence[Any],
+    count: int,
+    spec: str,
+    tokenizer: Any,
+    window: int,
+    answers: bool,
+    seed: int,
+    spare: bool = False,
+) -> Windows:
+    """Returns up to `count` windows of pieces, in the order of `data.in_rounds`."""
     packer = _Packer(window, count, _padding(tokenizer))
     lengths: list[int] = []
     used: set[int] = set()
@@ -165,7 +173,7 @@ def _pack(rows: Sequence[Any], count: int, spec: str, tokenizer: Any, window: in
         lengths.append(len(pieces))
         return pieces
 
-    for place, piece in data.in_rounds(rows, cut, seed):
+    for place, piece in data.in_rounds(rows, cut, seed, spare):
         if not packer.add(piece):
             break
         used.add(place)
