@@ -22,7 +22,7 @@ _in_force = _PASSING
 
 
 class _MallocInfo(ctypes.Structure):
-    """`struct mallinfo2`: among others the number of mapped pieces (`hblks`) and the free bytes of the heaps (`fordblks`)."""
+    """`struct mallinfo2`: among others the free bytes of the heaps (`fordblks`)."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -77,17 +77,22 @@ def _close_holes() -> list[ctypes.c_void_p]:
         return []
     information, take = _C_LIBRARY.mallinfo2, _C_LIBRARY.malloc
     information.restype, take.restype = _MallocInfo, ctypes.c_void_p
-    now = information()
-    free, mapped, found, size = now.fordblks, now.hblks, [], _LARGEST_HOLE
+    free, found, size = information().fordblks, [], _LARGEST_HOLE
     while size >= _FITTING:
         if size > free:
             size //= 2
             continue
         piece = ctypes.c_void_p(take(ctypes.c_size_t(size)))
-        if not piece or information().hblks > mapped:  # no hole is so large
+        if not piece or _is_mapped(piece):  # no hole is so large
             _C_LIBRARY.free(piece)
             size //= 2
         else:
             found.append(piece)
             free -= size
     return found
+
+
+def _is_mapped(piece: ctypes.c_void_p) -> bool:
+    """Whether glibc has mapped a piece by itself: a bit of the size that it keeps before it. `mallinfo2` would walk all holes each time."""
+    size = ctypes.c_size_t.from_address((piece.value or 0) - ctypes.sizeof(ctypes.c_size_t))
+    return bool(size.value & 2)

@@ -278,13 +278,14 @@ def _open_gguf(name: str, path: Path, cache: Path) -> Source:
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{name} is not a GGUF file (its first four bytes are not 'GGUF')")
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
     if _rewritten(cache, (path,)) is None:
         config = read_config(name, path.parent, gguf_file=path.name)
         config.__dict__.pop("quantization_config", None)
         check_supported(config, name)
+        options["config"] = config  # to read it takes seconds
 
     def load() -> PreTrainedModel:
-        options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
         try:
             from transformers import GgufConfig
 

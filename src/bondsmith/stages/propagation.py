@@ -167,18 +167,21 @@ def _fit_group(job: Job, k: int, group: Group, fitting: Fitting, seen: Iterator[
     unfitted = {name: weight(fitting.block.get_submodule(name)) for name in names}
     how = (job, full, compared, group.last)
     best = dict.fromkeys(names, (job.recipe.damping, FEW))
+    moved = {name: parts.whole.moved(W, *how).float() for name, W in unfitted.items()} if parts.whole.D.seen else {}
     if parts.count > 1 and parts.judge:
         choices = {name: Choice(fitting.outputs.get(name)) for name in names}
         for own, others in parts:
             left_out = LeftOut.of(others.C.mean(full), own.C.mean(full), own.C.weight)
             for name, W in unfitted.items():
-                choices[name].see(left_out, others.moved(W, *how), own.moved(W, *how))
+                of_own = own.moved(W, *how).float()
+                of_others = moved[name] + (moved[name] - of_own) * (own.D.weight / others.D.weight)
+                choices[name].see(left_out, of_others, of_own)
         best = {name: choice.best() for name, choice in choices.items()}
     parts.remove()
     for name, W in unfitted.items():
         ridge, strength = best[name]
         log.debug("%s: ridge %g, strength %.2f", job.full_name(k, name), ridge, strength)
-        shift = shifted_target(W, parts.whole.moved(W, *how), C, strength, ridge) - W if parts.whole.D.seen else None
+        shift = shifted_target(W, moved[name], C, strength, ridge) - W if name in moved else None
         fitting.put(name, C, shift)
 
 

@@ -56,13 +56,19 @@ class Choice:
         self._gain, self._cost = [0.0] * len(ridges), [0.0] * len(ridges)
 
     def see(self, part: LeftOut, others: Tensor, own: Tensor) -> None:
-        """Judges on one part, with its `M` and that of all others, (O, I)."""
-        asked, given = others.float() @ part.vectors, own.float() @ part.vectors
+        """Judges on one part, with its `M` and that of all others, (O, I).
+
+        A ridge divides columns in the eigenbasis of `C`, `X = A / d`: the gain is linear in `1 / d`, the cost quadratic, for all alike.
+        """
+        A, given = others.float() @ part.vectors, own.float() @ part.vectors
+        BA = A if self._B is None else self._B @ A
+        gains = (BA * given).sum(0, dtype=torch.float64)
+        costs = ((A.T @ BA) * part.moment).double()
+        values = part.values.double()
         for i, ridge in enumerate(self.ridges):
-            X = asked / (part.values + ridge * part.values.mean()).clamp_min(1e-30)
-            BX = X if self._B is None else self._B @ X
-            self._gain[i] += part.weight * float((BX * given).sum())
-            self._cost[i] += part.weight * float((BX * (X @ part.moment)).sum())
+            shrunk = 1 / (values + ridge * values.mean()).clamp_min(1e-30)
+            self._gain[i] += part.weight * float(shrunk @ gains)
+            self._cost[i] += part.weight * float(shrunk @ costs @ shrunk)
 
     def best(self) -> tuple[float, float]:
         """Returns ridge and strength; strength 0 where no `X` lowers the error."""
