@@ -7,7 +7,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from bondsmith.tensor.channels import eliminate_channels
+from bondsmith.tensor.channels import eliminate_channels, writer_spectra
+from bondsmith.tensor.fit import cut_spectrum
+from bondsmith.tensor.metric import moment_root
 
 
 def moments(out: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,6 +57,30 @@ def test_the_choice_is_near_the_best_of_all() -> None:
         ratios.append(found.error / errors[0])
         assert found.error < errors[len(errors) // 2], (seed, found.error, errors[:8])
     assert sum(ratios) / len(ratios) < 1.5, ratios
+
+
+@pytest.mark.parametrize("out", [5, 14])  # more and fewer than the channels that stay
+def test_the_spectra_of_what_is_left_are_those_of_matrices_made_anew(out: int) -> None:
+    weight, C, B = moments(out, 12)
+    found = eliminate_channels(weight, [12, 9, 4], input_moment=C, output_moment=B, damping=1e-12, block=2)
+    for channels in found.values():
+        S = channels.kept
+        anew = cut_spectrum(channels.weight, input_moment=C[S][:, S], output_moment=B, damping=1e-12)
+        assert torch.allclose(channels.spectrum(), anew, rtol=1e-6, atol=1e-6 * float(anew[0]))
+        lost = found[12].gram.trace() - channels.gram.trace()
+        assert float(lost) == pytest.approx(channels.error, abs=1e-9 * float(found[12].gram.trace()))
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_the_spectra_of_a_writer_are_those_of_its_rows(metric: bool) -> None:
+    weight, C, B = moments(12, 7)
+    rows = [torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 10, 11]), torch.tensor([1, 2, 5, 8, 9, 10, 11]), torch.tensor([2, 9])]
+    root, damping = (moment_root(C, 1e-12), 1e-12) if metric else (None, 0.0)
+    found = writer_spectra(weight, rows, input_root=root, output_moment=B if metric else None, damping=damping)
+    for spectrum, own in zip(found, rows, strict=True):
+        small = B[own][:, own] if metric else None
+        anew = cut_spectrum(weight[own], input_root=root, output_moment=small, damping=damping)
+        assert torch.allclose(spectrum, anew, rtol=1e-6, atol=1e-6 * float(anew[0]))
 
 
 def test_numbers_that_do_not_exist_are_refused() -> None:

@@ -19,7 +19,7 @@ from bondsmith.model.tracing import HiddenBond
 from bondsmith.recipe import GROUPS
 from bondsmith.stages.moment_files import TableMoments
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Reduced, TableProfile
-from bondsmith.tensor.channels import eliminate_channels
+from bondsmith.tensor.channels import eliminate_channels, writer_spectra
 from bondsmith.tensor.fit import cut_spectrum
 from bondsmith.tensor.metric import Root, damped, moment_root
 
@@ -93,17 +93,25 @@ class _Profiler:
                 spectrum = cut_spectrum(W, input_moment=C, output_moment=B, damping=self.damping)
                 variances = conditional_variances(damped(C, self.damping))
             else:
-                root, variances = self.roots.get(id(C)) or self._root(C)
+                root, variances = self.root(C)
                 spectrum = cut_spectrum(W, input_root=root, output_moment=B, damping=self.damping)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        weights = None if B is None else B.diagonal()
+        return self.profile(name, W, spectrum, variances, None if B is None else B.diagonal())
+
+    def profile(
+        self, name: str, W: Tensor, spectrum: Tensor, variances: Tensor | None, weights: Tensor | None
+    ) -> MatrixProfile:
+        """Returns the curves of a matrix of this spectrum; `variances` of inputs and `weights` of outputs say what rounding costs."""
         rounding = {g: rounding_unit(W, variances, weights, g) for g in _GROUPS}
         left = tuple(self.seen.left[name].tolist()) if name in self.seen.left else ()
         rows, columns = W.shape
         return MatrixProfile(name, self.block, rows, columns, spectrum, self.units.get(name, 1.0), rounding, left)
 
-    def _root(self, C: Tensor) -> tuple[Root, Tensor]:
+    def root(self, C: Tensor) -> tuple[Root, Tensor]:
+        """Returns a root of the damped moment `C`, and its conditional variances."""
+        if id(C) in self.roots:
+            return self.roots[id(C)]
         found = moment_root(C, self.damping), conditional_variances(damped(C, self.damping))
         if any(C is kept for kept in self.seen.inputs.values()):  # others die, and their id with them
             self.roots[id(C)] = found
@@ -117,19 +125,29 @@ class _Profiler:
         found = eliminate_channels(
             self.weight(bond.reader), counts, input_moment=C, output_moment=B, damping=self.damping
         )
+        kept = sorted(found.items(), reverse=True)
+        writers = {name: self.writer(name, bond, [channels.kept for _, channels in kept]) for name in bond.writers}
         levels = []
-        for number, channels in sorted(found.items(), reverse=True):
+        for level, (number, channels) in enumerate(kept):
             S = channels.kept
-            curves = []
-            for name in bond.writers:
-                W = self.weight(name)
-                rows = bond.rows(S, W.shape[0])
-                own = self.seen.outputs.get(name)
-                small = None if own is None else own[rows][:, rows]
-                curves.append(self.curves(name, W[rows], self.seen.inputs.get(name), small))
-            curves.append(self.curves(bond.reader, channels.weight, C[S][:, S], B))
-            levels.append(Reduced(number, self.units[bond.reader] * channels.error / 2, tuple(curves)))
+            variances = conditional_variances(damped(C[S][:, S], self.damping))
+            weights = None if B is None else B.diagonal()
+            reader = self.profile(bond.reader, channels.weight, channels.spectrum(), variances, weights)
+            curves = (*(writers[name][level] for name in bond.writers), reader)
+            levels.append(Reduced(number, self.units[bond.reader] * channels.error / 2, curves))
         return BondProfile(bond.writers, bond.reader, bond.channels, tuple(levels))
+
+    def writer(self, name: str, bond: HiddenBond, kept: Sequence[Tensor]) -> list[MatrixProfile]:
+        """Returns the curves of a writer of a bond for every set of channels, each inside the one before."""
+        W, C, B = self.weight(name), self.seen.inputs.get(name), self.seen.outputs.get(name)
+        root, variances = (None, None) if C is None else self.root(C)
+        rows = [bond.rows(S, len(W)) for S in kept]
+        spectra = writer_spectra(W, rows, input_root=root, output_moment=B, damping=self.damping)
+        weights = None if B is None else B.diagonal()
+        return [
+            self.profile(name, W[own], spectrum, variances, None if weights is None else weights[own])
+            for own, spectrum in zip(rows, spectra, strict=True)
+        ]
 
 
 def channel_counts(channels: int) -> list[int]:

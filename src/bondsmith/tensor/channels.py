@@ -16,18 +16,26 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.metric import DAMPING, damped
+from bondsmith.tensor.metric import DAMPING, Root, damped, quadratic
 
 BLOCK = 16  # channels dropped per step; one at a time gains under a hundredth and takes ten times as long
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channels that stay, ascending `(h,)` int64; the refitted reader `(O, h)`; and `error = tr(B D C D^T)` of dropping the rest."""
+    """The channels that stay, ascending `(h,)` int64; the refitted reader `(O, h)`; and `error = tr(B D C D^T)` of dropping the rest.
+
+    `gram` is `R^T W C W^T R` of the refitted reader, `R R^T = B`, in the damped moments of all channels, float64.
+    """
 
     kept: Tensor
     weight: Tensor
     error: float
+    gram: Tensor
+
+    def spectrum(self) -> Tensor:
+        """All `min(O, h)` singular values of `B^1/2 W C^1/2` of the refitted reader, descending, as of `cut_spectrum`."""
+        return _spectrum(self.gram, len(self.kept))
 
 
 def eliminate_channels(
@@ -61,13 +69,53 @@ def eliminate_channels(
         while state.left > number:
             state.drop(min(block, state.left - number))
         state.compact()
-        found[number] = Channels(state.kept, state.weight.to(weight.dtype, copy=True), state.error)
+        found[number] = Channels(state.kept, state.weight.to(weight.dtype, copy=True), state.error, state.gram.clone())
     return found
+
+
+def writer_spectra(
+    weight: Tensor,
+    rows: Sequence[Tensor],
+    *,
+    input_root: Root | None = None,
+    output_moment: Tensor | None = None,
+    damping: float = DAMPING,
+) -> list[Tensor]:
+    """What `cut_spectrum` gives of a writer that is left with some of its rows, for sets of rows each of which is inside the one before.
+
+    The Gram matrix of the input side loses what a set is short of: a fraction of the multiply-adds of making it anew.
+
+    >>> writer_spectra(torch.diag(torch.tensor([1.0, 2.0, 3.0])), [torch.tensor([0, 2]), torch.tensor([0])])
+    [tensor([3., 1.], dtype=torch.float64), tensor([1.], dtype=torch.float64)]
+    """
+    check_matrix(weight)
+    Y = weight.to(torch.float64)
+    if input_root is not None:
+        Y = Y @ input_root.root
+    ridge = 0.0 if output_moment is None else damping * float(output_moment.diagonal().mean(dtype=torch.float64))
+    gram, left, found = quadratic(Y.T, output_moment, damping), torch.arange(len(Y), device=Y.device), []
+    for stay in rows:
+        gone = left[~torch.isin(left, stay)]
+        lost, half = Y[gone], Y[gone] / 2
+        if output_moment is not None:
+            B = output_moment[gone]
+            half = B[:, left].to(torch.float64) @ Y[left] - B[:, gone].to(torch.float64) @ lost / 2 + ridge * half
+        change = lost.T @ half
+        gram -= change + change.T
+        left = stay
+        found.append(_spectrum(gram, len(stay)))
+    return found
+
+
+def _spectrum(gram: Tensor, others: int) -> Tensor:
+    """Returns the singular values of a matrix by its Gram matrix; its other side has `others` rows."""
+    return torch.linalg.eigvalsh(gram).flip(0)[:others].clamp_min(0).sqrt()
 
 
 @dataclass(eq=False)
 class _State:
-    """Where elimination stands: channels kept, the reader refitted to them, it seen through the root of `B`, and `P`, all float64.
+    """Where elimination stands: channels kept, the reader refitted to them, it seen through the root of `B`, the Gram matrix of that in
+    the moment, and `P`, all float64.
 
     Channels that are `gone` keep their place until `compact`: to close up after every step would cost more than the step.
     """
@@ -75,6 +123,7 @@ class _State:
     kept: Tensor
     weight: Tensor
     seen: Tensor
+    gram: Tensor
     inverse: Tensor
     gone: Tensor
     left: int
@@ -89,7 +138,8 @@ class _State:
             seen = torch.linalg.cholesky(damped(output_moment, damping)).T @ W
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
         kept = torch.arange(W.shape[1], device=W.device)
-        return cls(kept, W, seen, inverse, torch.zeros_like(kept, dtype=torch.bool), len(kept), 0.0)
+        gone = torch.zeros_like(kept, dtype=torch.bool)
+        return cls(kept, W, seen, quadratic(seen, moment), inverse, gone, len(kept), 0.0)
 
     def drop(self, number: int) -> None:
         """Drops the `number` channels that cost least each, and refits the rest."""
@@ -99,7 +149,9 @@ class _State:
         corner = torch.linalg.cholesky(rows[:, out])
         share = torch.cholesky_solve(rows, corner)  # (number, all): how the rest makes up for each
         lost = self.seen[:, out]
-        self.error += float((lost * torch.cholesky_solve(lost.T, corner).T).sum())
+        dropped = lost @ torch.cholesky_solve(lost.T, corner)
+        self.error += float(dropped.trace())
+        self.gram -= dropped
         self.seen.addmm_(lost, share, alpha=-1)
         self.weight.addmm_(self.weight[:, out], share, alpha=-1)
         self.inverse.addmm_(rows.T, share, alpha=-1)
