@@ -26,7 +26,6 @@ from bondsmith.stages.profile import Profile
 from bondsmith.stages.rates import Speed
 from bondsmith.stages.uniform import uniform_plan
 from bondsmith.stages.wording import count, duration, number, size
-from bondsmith.tensor.regression import RIDGES
 from bondsmith.tensor.sites import parse_sites
 
 # One calibration window in six also gives gradients, since a backward pass costs four times a forward pass; but so many tokens at least.
@@ -373,4 +372,5 @@ def _fit_seconds(matrix: MatrixPlan, recipe: Recipe, speed: Speed) -> float:
 def _judge_seconds(matrix: MatrixPlan, speed: Speed) -> float:
     """Returns the seconds in which all ridges are judged on one part; matrices with one input share its eigenvectors, about two do."""
     rows, columns = matrix.rows, matrix.columns
-    return speed.eigh * (columns / 1024) ** 3 / 2 + len(RIDGES) * rows * columns * (rows + columns) / speed.single
+    products = rows * columns * (rows + 3 * columns) + columns**3
+    return speed.eigh * (columns / 1024) ** 3 / 2 + products / speed.single + rows * columns**2 / speed.double
