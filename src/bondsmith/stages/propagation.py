@@ -110,10 +110,10 @@ class _Seen:
     D: Moment
     R: Moment | None
 
-    def plus(self, other: _Seen, sign: float = 1.0) -> _Seen:
-        """Returns the sums over the windows of both, or with sign -1 those without the windows of `other`."""
-        R = None if self.R is None or other.R is None else self.R.plus(other.R, sign)
-        return _Seen(self.C.plus(other.C, sign), self.D.plus(other.D, sign), R)
+    def plus(self, other: _Seen) -> _Seen:
+        """Returns the sums over the windows of both."""
+        R = None if self.R is None or other.R is None else self.R.plus(other.R)
+        return _Seen(self.C.plus(other.C), self.D.plus(other.D), R)
 
     def moved(self, W: Tensor, job: Job, name: str, compared: bool, last: bool) -> Tensor:
         """`E[e xh^T]`, (O, I) in float64, of what a matrix with weight `W` is to make up for.
@@ -143,11 +143,10 @@ class _Parts:
             self.whole = self.whole.plus(part)
             self.count, self.judge = self.count + 1, self.judge and part.D.seen
 
-    def __iter__(self) -> Iterator[tuple[_Seen, _Seen]]:
-        """Yields each part, and all others together."""
+    def __iter__(self) -> Iterator[_Seen]:
+        """Yields each part."""
         for i in range(self.count):
-            part = torch.load(self._file(i), weights_only=False)
-            yield part, self.whole.plus(part, -1.0)
+            yield torch.load(self._file(i), weights_only=False)
 
     def remove(self) -> None:
         """Deletes what waits on disk."""
@@ -170,11 +169,12 @@ def _fit_group(job: Job, k: int, group: Group, fitting: Fitting, seen: Iterator[
     moved = {name: parts.whole.moved(W, *how).float() for name, W in unfitted.items()} if parts.whole.D.seen else {}
     if parts.count > 1 and parts.judge:
         choices = {name: Choice(fitting.outputs.get(name)) for name in names}
-        for own, others in parts:
-            left_out = LeftOut.of(others.C.mean(full), own.C.mean(full), own.C.weight)
+        for own in parts:
+            left_out = LeftOut.of(parts.whole.C.plus(own.C, -1.0).mean(full), own.C.mean(full), own.C.weight)
+            share = own.D.weight / (parts.whole.D.weight - own.D.weight)
             for name, W in unfitted.items():
                 of_own = own.moved(W, *how).float()
-                of_others = moved[name] + (moved[name] - of_own) * (own.D.weight / others.D.weight)
+                of_others = moved[name] + (moved[name] - of_own) * share
                 choices[name].see(left_out, of_others, of_own)
         best = {name: choice.best() for name, choice in choices.items()}
     parts.remove()

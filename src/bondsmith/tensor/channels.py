@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.metric import DAMPING, Root, damped, quadratic
+from bondsmith.tensor.metric import DAMPING, Root, damped, quadratic, ridge_of
 
 BLOCK = 16  # channels dropped per step; one at a time gains under a hundredth and takes ten times as long
 
@@ -92,7 +92,7 @@ def writer_spectra(
     Y = weight.to(torch.float64)
     if input_root is not None:
         Y = Y @ input_root.root
-    ridge = 0.0 if output_moment is None else damping * float(output_moment.diagonal().mean(dtype=torch.float64))
+    ridge = 0.0 if output_moment is None else ridge_of(output_moment, damping)
     gram, left, found = quadratic(Y.T, output_moment, damping), torch.arange(len(Y), device=Y.device), []
     for stay in rows:
         gone = left[~torch.isin(left, stay)]

@@ -94,7 +94,7 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     for panel, _ in _panels(len(full)):
         mean = (full[panel.start :, panel] + full[panel, panel.start :].T) / 2
         full[panel.start :, panel], full[panel, panel.start :] = mean, mean.T
-    full.diagonal().add_(_ridge(moment, damping))
+    full.diagonal().add_(ridge_of(moment, damping))
     return full
 
 
@@ -145,7 +145,7 @@ def relative_error(
 def _half_product(X: Tensor, moment: Tensor, damping: float) -> Tensor:
     """`X H` with `H + H^T = M`: `H` is the lower triangle of the damped `M` with its diagonal halved."""
     half = torch.empty_like(X)
-    ridge = _ridge(moment, damping)
+    ridge = ridge_of(moment, damping)
     for panel, step in _panels(len(moment)):
         block = moment[panel.start :, panel].to(torch.float64, copy=True)
         square = block[:step].tril_()
@@ -161,5 +161,6 @@ def _panels(size: int) -> Iterator[tuple[slice, int]]:
         yield slice(first, min(first + step, size)), min(step, size - first)
 
 
-def _ridge(moment: Tensor, damping: float) -> float:
+def ridge_of(moment: Tensor, damping: float) -> float:
+    """What damping adds to the diagonal of a moment."""
     return damping * float(moment.diagonal().mean(dtype=torch.float64))
