@@ -1,6 +1,7 @@
 """Rounding to few bits, ours against others at matched bytes, in one run: bytes, KL, perplexity, resident memory, prefill and decode.
 
-    python benchmarks/bits.py MODEL --calibration FILE ... --evaluate FILE ... [--bits 8 4 3 2] [--shares 0.12 0.07] [--speed] [--json FILE]
+    python benchmarks/bits.py MODEL --calibration FILE ... --evaluate FILE ... [--bits 8 4 3 2] [--shares 0.12 0.07]
+        [--speed [--models DIR ...]] [--json FILE]
 
 MODEL is a directory or a hub id of a model with full-precision weights. Every matrix of the blocks, the embedding and the head are
 rounded; bytes count all of them, scales included, everything else at two bytes. The rivals: rounding to nearest as it comes, with
@@ -18,8 +19,10 @@ import copy
 import gc
 import json
 import math
+import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from rounders import Round, methods
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HqqConfig, PreTrainedModel
 
 import bondsmith
 from bondsmith.data import read_windows
@@ -145,36 +148,73 @@ def packed_model(model: PreTrainedModel, grid: Grid) -> PreTrainedModel:
     return other.to(torch.bfloat16)
 
 
-def speeds(model: PreTrainedModel, grids: dict[str, Grid], folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Returns file bytes, resident bytes and speeds of the model in bfloat16 and packed, timed in alternation."""
+def contestants(
+    model: PreTrainedModel, options: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, PreTrainedModel, int | None]]:
+    """Yields name, model in bfloat16 as `from_pretrained` gives it, and bytes of its weight files (None where none were written).
+
+    First the original, then its matrices packed as the recipes do, then `--models`, then what other packages make of it.
+    """
     low = copy.deepcopy(model).to(torch.bfloat16)
     low.save_pretrained(folder / "bfloat16")
-    made = {"bfloat16": AutoModelForCausalLM.from_pretrained(folder / "bfloat16", dtype=torch.bfloat16)}
-    del low
-    for name, grid in grids.items():
+    grids = {f"int{bits}, group {options.group}": Grid(bits, options.group, symmetric=False) for bits in (4, 3, 2)}
+    for name, grid in {"int8, per row": Grid(8, 0), **grids}.items():
         packed_model(model, grid).save_pretrained(folder / name)
-        made[name] = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
+    places = {name: folder / name for name in ("bfloat16", "int8, per row", *grids)}
+    for name, place in {**places, **{m.name: m for m in options.models}}.items():
+        size = sum(f.stat().st_size for f in place.glob("*.safetensors"))
+        yield name, AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16), size
+    for name, config in {
+        "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "bitsandbytes NF4": lambda: BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+        "HQQ int4": lambda: HqqConfig(nbits=4, group_size=options.group),
+    }.items():
+        try:
+            other = AutoModelForCausalLM.from_pretrained(
+                options.model, quantization_config=config(), dtype=torch.bfloat16, device_map="cpu"
+            )
+        except (ImportError, RuntimeError, ValueError, TypeError) as error:
+            print(f"{name}: left out, {str(error).splitlines()[0]}", flush=True)
+            continue
+        yield name, other, None
+
+
+def speeds(model: PreTrainedModel, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Returns file bytes, resident bytes and speeds of all contestants, timed in alternation; medians, and ratios to the first."""
+    found = list(contestants(model, options, folder))
     gc.collect()
     ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
-    times: dict[str, dict[str, float]] = {name: {"prefill": math.inf, "decode": math.inf} for name in made}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in found}
     with torch.no_grad():
-        for other in made.values():
+        for _, other, _ in found:
             _decode(other, ids[:, :16], 2)
-        for _ in range(rounds):
-            for name, other in made.items():
-                times[name]["prefill"] = min(times[name]["prefill"], time_prefill(other, ids))
-                times[name]["decode"] = min(times[name]["decode"], _decode(other, ids[:, :64], 16))
+        for _ in range(options.rounds):
+            for name, other, _ in found:
+                times[name].append((time_prefill(other, ids), _decode(other, ids[:, :64], 16)))
+    first = times[found[0][0]]
     rows = []
-    for name, other in made.items():
+    for name, other, size in found:
         tensors = {t.data_ptr(): t.nbytes for t in (*other.parameters(), *other.buffers()) if t.numel()}
-        row = {"model": name, "file": sum(f.stat().st_size for f in (folder / name).glob("*.safetensors"))}
-        row |= {
-            "resident": sum(tensors.values()),
-            "prefill": 256 / times[name]["prefill"],
-            "decode": 16 / times[name]["decode"],
-        }
+        row: dict[str, Any] = {"model": name, "file": size, "resident": sum(tensors.values())}
+        for i, (kind, tokens) in enumerate((("prefill", 256), ("decode", 16))):
+            row[kind] = tokens / statistics.median(pair[i] for pair in times[name])
+            row[f"{kind}_ratio"] = statistics.median(a[i] / b[i] for a, b in zip(first, times[name], strict=True))
         rows.append(row)
     return rows
+
+
+def show_speeds(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        "bfloat16 activations", "file MB", "resident MB", "prefill, tokens/s", "decode, tokens/s", "of bfloat16"
+    )
+    for row in rows:
+        file = "" if row["file"] is None else f"{row['file'] / 1e6:.1f}"
+        ratios = f"{row['prefill_ratio']:.2f}, {row['decode_ratio']:.2f}"
+        cells = (file, f"{row['resident'] / 1e6:.1f}", f"{row['prefill']:.0f}", f"{row['decode']:.1f}", ratios)
+        table.add_row(row["model"], *cells)
+    Console(width=120).print(table)
 
 
 def main() -> None:
@@ -192,32 +232,26 @@ def main() -> None:
     parser.add_argument("--depth", action="store_true", help="also through bondsmith compress, blocks in depth order")
     parser.add_argument("--shares", type=float, nargs="*", default=[], help="of the fp32 bytes, for a plan to meet")
     parser.add_argument("--speed", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, help="keep the planned models in this directory; --speed times them too")
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="compressed directories to time beside")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if both := set(options.calibration) & set(options.evaluate):
+        parser.error(
+            f"{', '.join(sorted(both))}: calibrated on, so nothing can be judged on it; give other text to --evaluate"
+        )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     rows: list[dict[str, Any]] = []
     if options.bits or options.shares:
         compare(model, tokenizer, options, rows)
     if options.speed:
-        grids = {
-            "int8": Grid(8, 0),
-            "int4": Grid(4, options.group),
-            "int3": Grid(3, options.group),
-            "int2": Grid(2, options.group),
-        }
         with tempfile.TemporaryDirectory() as folder:
-            table = Table("model", "file MB", "resident MB", "prefill, tokens/s", "decode, tokens/s")
-            for row in speeds(model, grids, Path(folder), options.rounds):
-                cells = (
-                    f"{row['file'] / 1e6:.1f}",
-                    f"{row['resident'] / 1e6:.1f}",
-                    f"{row['prefill']:.0f}",
-                    f"{row['decode']:.1f}",
-                )
-                table.add_row(row["model"], *cells)
-            Console(width=120).print(table)
+            timed = speeds(model, options, Path(folder))
+        show_speeds(timed)
+        if options.json:
+            options.json.write_text(json.dumps(rows + timed, indent=1))
 
 
 def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -247,7 +281,9 @@ def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace,
         for bits, group in neighbours(model, share * 4 * parameters):
             plain(model, moments, judge, options, rows, bits, group)
             keep(rows, options, in_depth_order(options, judge, f"{bits}", uniform(bits, group)))
-        keep(rows, options, in_depth_order(options, judge, f"{share:g} of it", {"bytes": str(share)}))
+        place = options.keep / f"planned-{share:g}" if options.keep else None
+        keep(rows, options, in_depth_order(options, judge, f"{share:g} of it", {"bytes": str(share)}, place))
+        options.models += [place] if place else []
     show(rows, judge.own, parameters)
 
 
@@ -296,13 +332,15 @@ def uniform(bits: int, group: int) -> dict[str, Any]:
     return {"keep": 1.0, "uniform": True, "bits": bits, "group": group, "metric": "loss"}
 
 
-def in_depth_order(options: argparse.Namespace, judge: Judge, label: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row of a `bondsmith compress`, embedding and head rounded too."""
+def in_depth_order(
+    options: argparse.Namespace, judge: Judge, label: str, settings: dict[str, Any], place: Path | None = None
+) -> dict[str, Any]:
+    """Returns the row of a `bondsmith compress`, embedding and head rounded too; its directory stays in `place`."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = bondsmith.compress(
             options.model,
-            Path(folder) / "out",
+            place or Path(folder) / "out",
             calibration=options.calibration,
             tokens=options.tokens,
             window=options.window,

@@ -142,6 +142,15 @@ def test_it_stops_when_it_no_longer_helps_and_keeps_the_best(
     assert torch.allclose(first, second, atol=1e-4)
 
 
+def test_a_standstill_at_a_high_rate_ends_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.HealSettings, "rate", lambda _, step: 1.0 if step < 4 else 0.5)
+    monkeypatch.setattr(
+        loop.Loop, "_score", lambda _, entry: float(entry["step"])
+    )  # no state is ever better than the first
+    done = heal(home, tmp_path / "out", validate_every=1, patience=2, evaluate=False)
+    assert (done.healing["best_step"], done.healing["steps"]) == (0, 5)
+
+
 def test_matrices_that_lost_channels_are_trained_too(home: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "wide", intermediate_size=128)
     text: dict[str, Any] = {"calibration": [str(home / "text.txt")], "tokens": 4096, "window": 64}

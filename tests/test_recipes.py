@@ -12,7 +12,7 @@ import bondsmith
 from bondsmith.recipe import Recipe, RecipeError, ready_recipes
 from bondsmith.stages.plan import Plan
 
-TWINS = ("int8", "int4", "int4-nf4", "88-percent", "93-percent", "best-at-88", "best-at-93")
+TWINS = ("original", "int8", "int8-nearest", "int4", "int4-nf4", "88-percent", "93-percent", "best-at-88", "best-at-93")
 RECIPES = [Path(__file__).parent.parent / "recipes" / f"{name}.yaml" for name in TWINS]
 
 
@@ -36,7 +36,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "share"), [("int8", 0.26), ("int4", 0.15), ("int4-nf4", 0.15), ("best-at-88", 0.12), ("best-at-93", 0.07)]
+    ("name", "share"),
+    [
+        ("original", 0.51),
+        ("int8", 0.26),
+        ("int8-nearest", 0.26),
+        ("int4", 0.15),
+        ("int4-nf4", 0.15),
+        ("88-percent", 0.16),
+        ("93-percent", 0.07),
+        ("best-at-88", 0.12),
+        ("best-at-93", 0.07),
+    ],
 )
 def test_the_twins_have_the_size_they_promise(name: str, share: float, wide: Path, text: Path, tmp_path: Path) -> None:
     recipe = Recipe.read(Path(__file__).parent.parent / "recipes" / f"{name}.yaml")

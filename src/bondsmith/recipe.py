@@ -17,6 +17,7 @@ from bondsmith.tensor.rounding import BITS, CODEBOOKS, Grid
 BUDGETS = ("keep", "bytes", "multiply_adds", "loss")
 UNROUNDED = 16
 GROUPS = (32, 64, 128)  # columns that may share a scale in a plan
+ROUNDINGS = ("compensated", "searched", "nearest")
 METRICS = ("frobenius", "input", "loss")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -39,7 +40,10 @@ class Recipe:
             At least one of these four; a uniform plan takes either keep or bytes.
         uniform: every matrix keeps the same share, instead of what the profile says it can bear.
         bits: widths that a plan may round weights to, out of 16 (not rounded), 8, 4, 3, 2. Empty: 16 alone, or all where `bytes` is given.
-        group: columns that share a scale in rounding to 4 bits and fewer.
+        rounding: compensated (later weights and cores make up for the errors of earlier ones; without moments as searched), searched (to
+            nearest, each scale the best for its group) or nearest (to nearest, scales from the largest entry: what plain quantizers do).
+        group: columns that share a scale in rounding to 4 bits and fewer; 0, a whole row, in a uniform plan.
+        symmetric: no minimum per group: levels lie evenly about zero.
         codebook: levels of 4 bits: uniform (evenly spaced, with a minimum per group) or nf4 (those of QLoRA).
         plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
         profile: directory of a finished profile to go on from; the settings of calibration are taken from it.
@@ -79,7 +83,9 @@ class Recipe:
     loss: float | None = None
     uniform: bool = False
     bits: tuple[int, ...] = ()
+    rounding: str = "compensated"
     group: int = 64
+    symmetric: bool = False
     codebook: str = "uniform"
     plan: str | None = None
     profile: str | None = None
@@ -151,7 +157,7 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise RecipeError(f"{name}: {value!r} is not a number")
-        for name in ("propagate", "gauge", "uniform", "channels"):
+        for name in ("propagate", "gauge", "uniform", "channels", "symmetric"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}: {getattr(self, name)!r} is neither true nor false")
 
@@ -247,14 +253,22 @@ class Recipe:
                 raise RecipeError(f"bits: {bits!r} is not one of 16 (not rounded), 8, 4, 3, 2")
         if self.codebook not in CODEBOOKS:
             raise RecipeError(f"codebook: {self.codebook!r} is not one of {', '.join(CODEBOOKS)}")
+        if self.rounding not in ROUNDINGS:
+            raise RecipeError(f"rounding: {self.rounding!r} is not one of {', '.join(ROUNDINGS)}")
+        if self.planned and self.rounding != "compensated":
+            raise RecipeError(
+                f"rounding: a plan predicts what compensated rounding loses; {self.rounding} goes with uniform: true"
+            )
         if self.probe_windows < 0:
             raise RecipeError(f"probe_windows: {self.probe_windows} windows cannot be measured; 0 measures none")
         if self.planned and self.rounds and self.group not in GROUPS:
             raise RecipeError(
                 f"group: {self.group}: a plan knows the loss of rounding in groups of 32, 64 and 128 only"
             )
-        if self.group < 8:
-            raise RecipeError(f"group: {self.group} columns are too few to share a scale; 32, 64 and 128 are usual")
+        if self.group < 8 and self.group != 0:
+            raise RecipeError(
+                f"group: {self.group} columns are too few to share a scale; 32, 64 and 128 are usual, 0 is a whole row"
+            )
 
     def spares(self, name: str) -> bool:
         """Returns whether a matrix is to stay as it is."""
@@ -275,9 +289,11 @@ class Recipe:
         """The ways a plan may store numbers; None is unrounded."""
         widths = self.bits or ((UNROUNDED,) if self.bytes is None or not self.planned else (UNROUNDED, *reversed(BITS)))
         order = sorted(set(widths), reverse=True)
-        found = [None if b == UNROUNDED else grid_of(b, self.group, self.codebook) for b in order]
+        found = [None if b == UNROUNDED else grid_of(b, self.group, self.codebook, self.symmetric) for b in order]
         if self.planned and len(found) > 1:  # at two and three bits what the scales take is worth a choice
-            found += [grid_of(b, 128) for b in sorted(set(widths)) if b <= 3 and self.group != 128]
+            found += [
+                grid_of(b, 128, symmetric=self.symmetric) for b in sorted(set(widths)) if b <= 3 and self.group != 128
+            ]
         return tuple(found)
 
     @property
@@ -347,12 +363,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def grid_of(bits: int, group: int, codebook: str = "uniform") -> Grid:
-    """Returns the grid a plan rounds to: 8 bits per row, fewer in groups with a minimum, or without one where a `codebook` has 4 bits."""
+def grid_of(bits: int, group: int, codebook: str = "uniform", symmetric: bool = False) -> Grid:
+    """Returns the grid a plan rounds to: 8 bits per row; fewer in groups with a minimum, unless `symmetric` or of a four-bit `codebook`."""
     if bits == 8:
         return Grid(8, 0)
     return (
-        Grid(4, group, codebook=codebook) if bits == 4 and codebook != "uniform" else Grid(bits, group, symmetric=False)
+        Grid(4, group, codebook=codebook)
+        if bits == 4 and codebook != "uniform"
+        else Grid(bits, group, symmetric=symmetric)
     )
 
 

@@ -170,6 +170,18 @@ def test_gradients_are_those_of_the_dense_layer(grid: Grid) -> None:
             assert torch.allclose(mine, dense, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("grid", [Grid(8, 0), Grid(4, 32)], ids=str)
+def test_gradients_in_bfloat16_go_around_the_kernels(grid: Grid) -> None:
+    packed = layer(grid, rows=16, columns=64, bias=False)
+    packed.train_scales()
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    packed(x).float().square().sum().backward()
+    dense = x.detach().float().requires_grad_()
+    F.linear(dense, packed.to_matrix(torch.float32)).square().sum().backward()
+    assert (x.grad.float() - dense.grad).norm() < 0.02 * dense.grad.norm()
+    assert packed.scales.grad.abs().sum() > 0
+
+
 def test_trained_scales_lower_a_loss_over_frozen_codes_and_go_back_to_float16() -> None:
     packed = layer(Grid(3, 16), rows=12, columns=48, bias=False)
     x, target = torch.randn(64, 48), torch.randn(64, 12)

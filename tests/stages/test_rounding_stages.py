@@ -10,14 +10,18 @@ import pytest
 import torch
 from conftest import save_tiny
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import bondsmith
 from bondsmith.model.checkpoint import open_compressed
 from bondsmith.model.source import ModelError
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix
+from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages.plan import Plan
 from bondsmith.stages.quality import Streamed
+from bondsmith.stages.report import headline
+from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 IDS = torch.arange(3, 27).view(2, 12)
 SETTINGS: dict[str, Any] = {"tokens": 1024, "window": 32, "evaluation_windows": 2, "evaluate": False, "uniform": True}
@@ -107,6 +111,78 @@ def test_a_weight_too_large_for_a_scale_is_an_error_that_names_the_matrix(text: 
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj: an entry or scale of 1e\+09 is beyond float16"):
         compress(tmp_path / "model", text, tmp_path / "out", keep=1.0, bits=4, metric="frobenius")
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.7])
+def test_rounding_to_nearest_is_what_plain_quantizers_do(
+    keep: float, original: Path, text: Path, tmp_path: Path
+) -> None:
+    """No search, no compensation: the codes of `round_to_nearest`, of the matrices or of the cores of the unrounded networks."""
+    how = {"keep": keep, "metric": "frobenius", "group": 0, "symmetric": True}
+    done = compress(original, text, tmp_path / "out", bits=4, rounding="nearest", **how)
+    model = done.load()
+    plain = (
+        compress(original, text, tmp_path / "plain", bits=16, **how).load() if keep < 1 else bondsmith.load(original)
+    )
+    checked = 0
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and name.startswith("model.layers."):
+            W = plain.get_submodule(name).weight.detach().float()
+            expected = round_to_nearest(W, Grid(4, 0), search=False).dequantize()
+            assert torch.equal(module.to_matrix(torch.float32), expected)
+            checked += 1
+    assert checked == (21 if keep == 1 else 42)
+    searched = compress(original, text, tmp_path / "searched", bits=4, rounding="searched", **how)
+    errors = [[row["error"] for row in one.results["networks"]] for one in (done, searched)]
+    assert sum(errors[1]) < sum(errors[0])
+
+
+def test_a_plan_predicts_compensated_rounding_only() -> None:
+    with pytest.raises(RecipeError, match="a plan predicts what compensated rounding loses; nearest goes with uniform"):
+        Recipe(keep=0.8, bits=4, rounding="nearest")
+    with pytest.raises(RecipeError, match="rounding: 'up' is not one of compensated, searched, nearest"):
+        Recipe(keep=1.0, uniform=True, bits=4, rounding="up")
+
+
+def test_weights_that_lie_on_the_grid_are_said_to_be_repacked(
+    original: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The trap of a model that was a four-bit file: the same grid again is lossless by construction."""
+    first = compress(original, text, tmp_path / "first", keep=1.0, bits=4, group=16, metric="frobenius")
+    assert "repacked" not in first.results
+    first.load(dtype=torch.float32).dequantize().save_pretrained(tmp_path / "grid")
+    AutoTokenizer.from_pretrained(original).save_pretrained(tmp_path / "grid")
+    again = compress(tmp_path / "grid", text, tmp_path / "again", keep=1.0, bits=4, group=16, metric="frobenius")
+    assert len(again.results["repacked"]) == 22  # embedding and head are one
+    assert "22 rounded matrices lie on the grid of the source already: an exact re-packing" in headline(again.results)
+    assert torch.allclose(logits(again.load()), logits(bondsmith.load(tmp_path / "grid")), atol=1e-3)
+    assert "repacked" not in compress(tmp_path / "grid", text, tmp_path / "other", keep=1.0, bits=3, group=16).results
+
+
+def test_later_blocks_make_up_for_the_rounding_of_earlier_ones(original: Path, text: Path, tmp_path: Path) -> None:
+    """A two-bit first block, the others at eight: what leaves the model is nearer to the original's than without propagation."""
+    plan = compress(original, text, tmp_path / "plan", keep=1.0, bits=8).path / "plan.json"
+    content = json.loads(plan.read_text())
+    for entry in content["matrices"]:
+        if entry["block"] == 0:
+            entry["grid"] = {"bits": 2, "group": 16, "symmetric": False, "codebook": "uniform"}
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    settings = {k: v for k, v in SETTINGS.items() if k != "uniform"} | {
+        "plan": str(tmp_path / "two.json"),
+        "tokens": 4096,
+    }
+    ids = torch.tensor([[int(c) % 300 + 3 for c in range(k, k + 32)] for k in range(0, 64, 4)])
+    found = {}
+    with torch.no_grad():
+        target = bondsmith.load(original)(input_ids=ids).logits
+        for on in (True, False):
+            out = tmp_path / f"propagate-{on}"
+            done = bondsmith.compress(original, out, calibration=[str(text)], propagate=on, **settings)
+            found[on] = done.load()
+            row = found[on].model.layers[2].mlp.down_proj.to_matrix()
+            found[on] = (float((found[on](input_ids=ids).logits - target).square().mean()), row)
+    assert not torch.equal(found[True][1], found[False][1])
+    assert found[True][0] < found[False][0]
 
 
 def test_inspect_shows_bits(original: Path, text: Path, tmp_path: Path) -> None:

@@ -99,6 +99,17 @@ def test_a_gauge_on_another_shape_is_refused() -> None:
         round_network(torch.randn(24, 36), fit_mpo(torch.randn(24, 36), sites, 4).mpo, Grid(4), gauge=True)
 
 
+@pytest.mark.parametrize("gauge", [True, False])
+def test_inputs_that_nothing_was_seen_of(gauge: bool) -> None:
+    """A moment of zeros, or of rank one, is singular: what comes out is finite, or an error says why not."""
+    W = torch.randn(12, 16)
+    mpo = whitened_cut(W, 5)
+    one = torch.randn(16)
+    for C in (torch.zeros(16, 16), torch.outer(one, one)):
+        network = round_network(W, mpo, Grid(4, 8), input_moment=C, gauge=gauge)
+        assert torch.isfinite(matrix_of(network, mpo.sites, mpo.bonds)).all()
+
+
 def test_spreading_keeps_the_span_and_levels_the_rows() -> None:
     R, C = torch.randn(8, 30) * torch.logspace(0, -3, 8)[:, None], moment(30)
     turned = spread(R, C)

@@ -148,7 +148,9 @@ def heal(
     evaluation: Annotated[
         list[str] | None, typer.Option(help="Other text to measure the healed model on. Repeatable.")
     ] = None,
-    patience: Annotated[int | None, typer.Option(help="Validations without a gain that end it (4; 0 never).")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Late validations without a gain that end it (2; 0 never).")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Device = None,
     seed: Seed = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from bondsmith.model import digest, quantized
 from bondsmith.model.memory import return_free_memory
 
+log = logging.getLogger("bondsmith")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHARD_BYTES = 2 * 1024**3
 
@@ -278,6 +280,7 @@ def _open_gguf(name: str, path: Path, cache: Path) -> Source:
     with path.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise ModelError(f"{name} is not a GGUF file (its first four bytes are not 'GGUF')")
+    log.info("%s: what is compressed are the dequantised weights of a GGUF file, in float32", path.name)
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
     if _rewritten(cache, (path,)) is None:
         config = read_config(name, path.parent, gguf_file=path.name)

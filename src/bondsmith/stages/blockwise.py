@@ -64,6 +64,7 @@ class Outcome:
     kept: bool
 
 
+@torch.enable_grad()
 def distill(
     lesson: Lesson, block: nn.Module, recipe: Recipe, dtype: torch.dtype, dense: Collection[str] = ()
 ) -> tuple[nn.Module, Outcome]:

@@ -39,8 +39,9 @@ def compress_rest(job: Job) -> None:
     if not job.shard(-1).is_file():
         names = [n for n in stored_names(job.runner.model) if not n.startswith(job.runner.path + ".")]
         tensors = job.source.read(names)
-        rounded = rounded_tables(job.plan, tensors, job.fisher)
+        rounded, errors = rounded_tables(job.plan, tensors, job.fisher, job.recipe.rounding)
         state = {name: t.to(job.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        write_json(job.work / "errors-tables.json", errors)
         write_shard(job.shard(-1), state | rounded)
 
 
@@ -57,8 +58,8 @@ def compress_blocks(job: Job, advance: Callable[[int], None]) -> None:
 
 
 def read_errors(job: Job) -> dict[str, float]:
-    """Returns the relative error in the metric of every network, by matrix name."""
-    errors: dict[str, float] = {}
+    """Returns the relative error in the metric of every matrix that changed, by name; of embedding and head that of their entries."""
+    errors: dict[str, float] = json.loads((job.work / "errors-tables.json").read_text())
     for k in range(len(job.runner)):
         errors |= json.loads((job.work / f"errors-{k}.json").read_text())
     return errors

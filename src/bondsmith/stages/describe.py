@@ -20,6 +20,8 @@ from bondsmith.model.source import Source
 from bondsmith.recipe import Recipe
 from bondsmith.stages.plan import MatrixPlan, Plan
 
+_EXACT = 1e-3  # relative error that no rounding to few bits has; a scale in half precision alone stays below it
+
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that decide figures."""
@@ -67,7 +69,9 @@ def describe_run(
     total = plan.other_parameters + before
     written = sum(f.stat().st_size for f in directory.glob("bondsmith-*.safetensors"))
     head = _head_multiply_adds(source)
-    return {
+    exact = [m.name for m in (*plan.matrices, *plan.tables) if _is_repacked(m, errors.get(m.name))]
+    repacked = {"repacked": exact} if exact else {}
+    return repacked | {
         "format": 1,
         "bondsmith": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -108,6 +112,12 @@ def describe_run(
         },
         "networks": [_network(m, dtype, errors.get(m.name)) for m in plan.matrices],
     }
+
+
+def _is_repacked(matrix: MatrixPlan, error: float | None) -> bool:
+    """Returns True where few bits lose nothing: the weights of the source lie on that very grid already."""
+    few = matrix.grid is not None and matrix.grid.bits < 8 and matrix.sites is None
+    return few and error is not None and error < _EXACT
 
 
 def _license(path: Path) -> str | None:

@@ -43,7 +43,7 @@ def fit_matrix(
     bias = getattr(matrix, "bias", None)
     try:
         target = W if shift is None else W + shift
-        layer = _layer(target, bias, plan, C, B, recipe.damping, dtype)
+        layer = _layer(target, bias, plan, C, B, recipe, dtype)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"{plan.name}: {error}") from error
     layer.to(torch.float32).requires_grad_(False)
@@ -58,19 +58,20 @@ def _layer(
     plan: MatrixPlan,
     C: Tensor | None,
     B: Tensor | None,
-    damping: float,
+    recipe: Recipe,
     dtype: torch.dtype,
 ) -> nn.Module:
-    if plan.grid is not None:
-        damping = min(damping, LEAST_DAMPING)
+    damping = recipe.damping if plan.grid is None else min(recipe.damping, LEAST_DAMPING)
+    saved = None if bias is None else bias.to(dtype)
+    if plan.sites is None and plan.grid is None:
+        return dense_layer(target.to(dtype), saved)
     if plan.sites is None:
-        saved = None if bias is None else bias.to(dtype)
-        return dense_layer(target.to(dtype), saved) if plan.grid is None else rounded_dense(target, plan, C, saved)
+        return rounded_dense(target, plan, C, saved, recipe.rounding)
     if plan.base is not None:
-        return hybrid_layer(target, plan, C, B, None if bias is None else bias.to(dtype), damping, dtype)
+        return hybrid_layer(target, plan, C, B, saved, damping, dtype)
     mpo = fit_network(target, plan, C, B, damping)
     layer = MPOLinear.from_mpo(mpo, bias=bias, gauge=plan.gauge, dtype=dtype)
-    return layer if plan.grid is None else round_cores(layer, target, mpo, plan, C, B, damping)
+    return layer if plan.grid is None else round_cores(layer, target, mpo, plan, C, B, damping, recipe.rounding)
 
 
 def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float) -> MPO:

@@ -79,6 +79,7 @@ def _checked(rows: Callable[[int], Tensor], first: int, block: nn.Module | None,
     raise ModelError(f"{what} is not finite; an activation before it overflows")
 
 
+@torch.enable_grad()
 def output_moments(
     runner: BlockRunner,
     load: Callable[[int], nn.Module],

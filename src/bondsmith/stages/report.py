@@ -109,6 +109,11 @@ def headline(results: Mapping[str, Any]) -> str:
         f"{percent(after['bytes'] / before['bytes_fp32'])} of the original at 4 bytes per parameter, "
         f"{percent(after['bytes'] / before['bytes'])} of its {before['dtype']} checkpoint."
     ]
+    if exact := results.get("repacked"):
+        said.append(
+            f"{len(exact)} rounded {'matrix lies' if len(exact) == 1 else 'matrices lie'} on the grid of the source already: an exact "
+            "re-packing of the source, which says nothing about a method."
+        )
     if quality := results.get("quality"):
         moves = [f"from {_ppl(text, 'original')} to {_ppl(text, 'compressed')} on {text['text']}" for text in quality]
         said.append(f"Perplexity goes {_listed(moves)}.")

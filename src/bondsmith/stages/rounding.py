@@ -21,14 +21,23 @@ from bondsmith.tensor.gptq import gptq
 from bondsmith.tensor.hybrid import fit_hybrid
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.rounded import RoundedNetwork, round_network
-from bondsmith.tensor.rounding import Rounded, round_to_nearest
+from bondsmith.tensor.rounding import Grid, Rounded, round_to_nearest
+
+_ROWS = 4096  # of an embedding, compared at a time
 
 
-def rounded_dense(target: Tensor, plan: MatrixPlan, C: Tensor | None, bias: Tensor | None) -> PackedLinear:
-    """Returns the packed layer of a matrix that stays dense; without a moment `C` it is rounded to nearest."""
+def rounded_dense(
+    target: Tensor, plan: MatrixPlan, C: Tensor | None, bias: Tensor | None, rounding: str = "compensated"
+) -> PackedLinear:
+    """Returns the packed layer of a matrix that stays dense; `rounding` as in a recipe."""
     assert plan.grid is not None
-    rounded = round_to_nearest(target, plan.grid) if C is None else gptq(target, plan.grid, C)
-    return PackedLinear.from_rounded(rounded, bias)
+    return PackedLinear.from_rounded(_round(target, plan.grid, C, rounding), bias)
+
+
+def _round(weight: Tensor, grid: Grid, C: Tensor | None, rounding: str) -> Rounded:
+    if C is None or rounding != "compensated":
+        return round_to_nearest(weight, grid, search=rounding != "nearest")
+    return gptq(weight, grid, C)
 
 
 def hybrid_layer(
@@ -56,36 +65,70 @@ def _put_cores(layer: MPOLinear, network: RoundedNetwork) -> None:
 
 
 def round_cores(
-    layer: MPOLinear, target: Tensor, mpo: MPO, plan: MatrixPlan, C: Tensor | None, B: Tensor | None, damping: float
+    layer: MPOLinear,
+    target: Tensor,
+    mpo: MPO,
+    plan: MatrixPlan,
+    C: Tensor | None,
+    B: Tensor | None,
+    damping: float,
+    rounding: str = "compensated",
 ) -> MPOLinear:
     """Puts packed cores into the layer of a network `mpo` that stands for `target`; returns the layer."""
     assert plan.grid is not None
+    if rounding != "compensated":
+        for k, core in enumerate(layer.cores):
+            if core.weight.numel():
+                rounded = _round(core.weight.detach().float(), plan.grid, None, rounding)
+                layer.cores[k] = PackedLinear.from_rounded(rounded)
+        return layer
     network = round_network(target, mpo, plan.grid, input_moment=C, output_moment=B, gauge=plan.gauge, damping=damping)
     layer.pivots = None if network.pivots is None else network.pivots.to(torch.int32)
     _put_cores(layer, network)
     return layer
 
 
-def rounded_tables(plan: Plan, tensors: dict[str, Tensor], moments: Path | None) -> dict[str, Tensor]:
-    """Takes the weights of embedding and head that a plan rounds out of `tensors`; returns what a weight file holds of them instead.
+def rounded_tables(
+    plan: Plan, tensors: dict[str, Tensor], moments: Path | None, rounding: str = "compensated"
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Takes the weights of embedding and head that a plan rounds out of `tensors`.
+
+    Returns what a weight file holds of them instead, and the relative error of each, by name.
 
     Args:
         moments: directory of the gradients stage: what the head reads, and the loss gradient at the embedding's output.
     """
     found: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
     for table in plan.tables:
         if table.grid is not None:
-            rounded = round_table(tensors.pop(f"{table.name}.weight"), table, moments, tied=len(plan.tables) == 1)
+            tied, weight = len(plan.tables) == 1, tensors.pop(f"{table.name}.weight")
+            rounded = round_table(weight, table, moments, tied=tied, rounding=rounding)
             found |= {f"{table.name}.{leaf}": t for leaf, t in rounded.tensors().items()}
-    return found
+            errors[table.name] = _relative_error(weight, rounded)
+    return found, errors
 
 
-def round_table(weight: Tensor, table: MatrixPlan, moments: Path | None, *, tied: bool) -> Rounded:
+def _relative_error(weight: Tensor, rounded: Rounded) -> float:
+    """Returns that of the entries, some rows at a time: a vocabulary is long."""
+    lost = whole = 0.0
+    for first in range(0, len(weight), _ROWS):
+        rows = slice(first, first + _ROWS)
+        minima = None if rounded.minima is None else rounded.minima[rows]
+        part = Rounded(rounded.grid, rounded.codes[rows], rounded.scales[rows], minima)
+        lost += float((weight[rows].float() - part.dequantize()).square().sum())
+        whole += float(weight[rows].float().square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def round_table(
+    weight: Tensor, table: MatrixPlan, moments: Path | None, *, tied: bool, rounding: str = "compensated"
+) -> Rounded:
     """Returns an embedding or head, (vocabulary, width), rounded; `tied`: it is both at once."""
     assert table.grid is not None
     metric = table_moment(moments, table.name, tied) if moments is not None else None
     try:
-        return round_to_nearest(weight, table.grid) if metric is None else gptq(weight, table.grid, metric)
+        return _round(weight, table.grid, metric, rounding)
     except ValueError as error:
         raise ModelError(f"{table.name}: {error}") from error
 

@@ -69,6 +69,8 @@ def round_network(
         raise ValueError(f"sites {mpo.sites} with a gauge cannot be rounded; leave the gauge out")
     C = torch.eye(weight.shape[1], device=weight.device) if input_moment is None else input_moment
     check_moment(C, weight.shape[1], "input moment")
+    if not C.any():
+        C = torch.eye(len(C), device=C.device, dtype=C.dtype)  # no input was ever other than zero: all errors are alike
     if mpo.sites.is_matrix_cut:
         return _round_cut(weight, mpo, grid, C, gauge, damping)
     from_right = mpo.sites.sweeps_from_right(mpo.bonds)

@@ -84,6 +84,7 @@ class Loop:
     best: int = 0
     seconds: float = 0.0
 
+    @torch.enable_grad()
     def run(self) -> None:
         """Trains to the end, or from the last checkpoint on; leaves the best state in the model."""
         self._begin()
@@ -213,6 +214,9 @@ class Loop:
         return score if math.isfinite(score) else math.inf
 
     def _stalls(self) -> bool:
-        """True once `patience` validations in a row were no better than the best before them."""
-        since = sum(entry["step"] > self.best for entry in self.history)
-        return 0 < self.settings.patience <= since
+        """True once `patience` validations in a row were no better than the best before them, at half of the full rate or less.
+
+        At a high rate the divergence may stand still for a third of a run, and falls once the rate does.
+        """
+        since = sum(e["step"] > self.best and self.settings.rate(e["step"]) <= 0.5 for e in self.history)
+        return bool(0 < self.settings.patience <= since)

@@ -43,7 +43,7 @@ class HealSettings:
         validation_windows: windows per SPEC that are kept apart to validate on.
         evaluation: SPECs of other text that the healed model is measured on at the end, as many windows of each.
         validate_every, save_every: steps; 0 is eight times in all, and at every validation (and every ten minutes).
-        patience: validations in a row without a gain that end the training; 0 for none.
+        patience: validations in a row without a gain that end the training, at half of the full rate or less; 0 for none.
         resident: ask the original while training, instead of its predictions on disk.
         checkpoint_activations: compute the blocks again in backward: less memory, a third more time.
         precision: auto is bfloat16 where the accelerator has it.
@@ -70,7 +70,7 @@ class HealSettings:
     evaluation: tuple[str, ...] = ()
     validate_every: int = 0
     save_every: int = 0
-    patience: int = 4
+    patience: int = 2
     resident: bool = False
     checkpoint_activations: bool = False
     precision: str = "auto"
