@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bondsmith
 from bondsmith.model.blocks import BlockRunner
-from bondsmith.model.source import ModelError
 from bondsmith.model.tracing import find_hidden_bonds, trace_groups
-from bondsmith.stages.plan import Plan
+from bondsmith.stages.plan import Plan, PlanError
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_a_plan_with_unlike_sides_names_the_matrix(tmp_path: Path, text: Path) -
     smaller = next(m for m in plan.matrices if m.kept_rows is not None)
     wrong = replace(smaller, kept_rows=smaller.rows - 1, sites=None, bonds=(), gauge=False)
     replace(plan, matrices=tuple(wrong if m is smaller else m for m in plan.matrices)).save(tmp_path / "wrong.json")
-    with pytest.raises(ModelError, match=f"{smaller.name}: the plan keeps {smaller.rows - 1} rows"):
+    with pytest.raises(PlanError, match=f"{smaller.name}: the plan keeps {smaller.rows - 1} rows, but what reads them"):
         compress(tmp_path / "model", text, tmp_path / "second", plan=str(tmp_path / "wrong.json"))
 
 

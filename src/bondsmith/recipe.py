@@ -39,7 +39,8 @@ class Recipe:
         loss: predicted loss that is tolerated, in nats a token: the smallest file within it is planned.
             At least one of these four; a uniform plan takes either keep or bytes.
         uniform: every matrix keeps the same share, instead of what the profile says it can bear.
-        bits: widths that a plan may round weights to, out of 16 (not rounded), 8, 4, 3, 2. Empty: 16 alone, or all where `bytes` is given.
+        bits: widths that a plan may round weights to, out of 16 (not rounded), 8, 4, 3, 2. Empty: 16 alone, or all where `bytes` or `loss`
+            is given.
         rounding: compensated (later weights and cores make up for the errors of earlier ones; without moments as searched), searched (to
             nearest, each scale the best for its group) or nearest (to nearest, scales from the largest entry: what plain quantizers do).
         group: columns that share a scale in rounding to 4 bits and fewer; 0, a whole row, in a uniform plan.
@@ -287,7 +288,8 @@ class Recipe:
     @property
     def grids(self) -> tuple[Grid | None, ...]:
         """The ways a plan may store numbers; None is unrounded."""
-        widths = self.bits or ((UNROUNDED,) if self.bytes is None or not self.planned else (UNROUNDED, *reversed(BITS)))
+        small = self.planned and (self.bytes is not None or self.loss is not None)  # the fewest bytes are asked for
+        widths = self.bits or ((UNROUNDED, *reversed(BITS)) if small else (UNROUNDED,))
         order = sorted(set(widths), reverse=True)
         found = [None if b == UNROUNDED else grid_of(b, self.group, self.codebook, self.symmetric) for b in order]
         if self.planned and len(found) > 1:  # at two and three bits what the scales take is worth a choice

@@ -123,7 +123,8 @@ class Run:
         shapes, other, itemsize = opened.shapes, opened.other_parameters, opened.dtype.itemsize
         if self.recipe.plan is not None:
             plan = Plan.load(Path(self.recipe.plan).expanduser())
-            plan.check(shapes, other)
+            plan.check(shapes, other, {t.name: (t.out_features, t.in_features) for t in opened.tables})
+            plan = replace(plan, itemsize=itemsize)
             if plan.drops_channels and not self.recipe.needs_moments:
                 raise PlanError(
                     "plan: it drops hidden channels, which the frobenius metric cannot; use metric loss or input"
@@ -147,7 +148,7 @@ class Run:
             with self.stage("plan"):
                 found = planned(profile, self.recipe)
             found.save(path)
-        return Plan.load(path)
+        return replace(Plan.load(path), itemsize=opened.dtype.itemsize)
 
     def profile(self, opened: Opened, job: Job) -> Profile:
         """Returns the fast profile of all matrices, from the moments that the gradients stage left."""

@@ -13,7 +13,7 @@ import torch
 from bondsmith.model.tracing import HiddenBond
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages.fast_profile import Seen, conditional_variances, fast_profile, rounding_unit
-from bondsmith.stages.plan import Plan, PlanError
+from bondsmith.stages.plan import MatrixPlan, Plan, PlanError
 from bondsmith.stages.planning import planned
 from bondsmith.stages.profile import MatrixProfile, Profile, TableProfile
 from bondsmith.stages.uniform import uniform_plan
@@ -253,6 +253,48 @@ def test_an_edited_plan_is_checked_entry_by_entry(known: Profile, tmp_path: Path
     planned(known, Recipe(keep=0.9, channels=False)).save(path)
     with pytest.raises(PlanError, match=message):
         edited(path, change).check(SHAPES, OTHER)
+
+
+def test_an_entry_twice_is_named(known: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(known, Recipe(keep=0.9, channels=False)).save(path)
+    with pytest.raises(PlanError, match=r"layers\.0\.attn\.o: the plan has two entries"):
+        edited(path, lambda c: c["matrices"].append(c["matrices"][0])).check(SHAPES, OTHER)
+
+
+def test_embedding_and_head_are_checked_too() -> None:
+    shapes = {"embed": (300, 48)}
+    plan = Plan((), 300 * 48, (MatrixPlan("embed", -1, 300, 48, grid=Grid(8, 0)),))
+    plan.check({}, 300 * 48, shapes)
+    with pytest.raises(PlanError, match="embed: the plan says 300 x 48 outside the blocks, the model has 200 x 48"):
+        plan.check({}, 300 * 48, {"embed": (200, 48)})
+    with pytest.raises(PlanError, match=r"embed: .* the model has none of this name, but wte"):
+        plan.check({}, 300 * 48, {"wte": (300, 48)})
+
+
+def test_channels_must_go_on_both_sides(known: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(known, Recipe(keep=0.9, channels=False)).save(path)
+    with pytest.raises(PlanError, match=r"0\.mlp\.up: the plan keeps 60 rows, but what reads them .* keeps no fewer"):
+        edited(path, lambda c: c["matrices"][1].update(rows=60, sites=None)).check(SHAPES, OTHER)
+
+
+def test_a_tolerated_loss_may_round(known: Profile) -> None:
+    """The smallest file within a loss is not the smallest without bits."""
+    tolerant = Recipe(loss=0.2)
+    assert {None, 8, 4, 3, 2} == {grid and grid.bits for grid in tolerant.grids}
+    assert planned(known, tolerant).bytes(4) < planned(known, Recipe(loss=0.2, bits=16)).bytes(4)
+
+
+def test_budgets_that_exclude_each_other_are_named_with_their_numbers(known: Profile) -> None:
+    with pytest.raises(PlanError, match=r"cannot be met together with the budget of .*: within that the least is"):
+        planned(known, Recipe(keep=0.3, loss=1e-6))
+
+
+def test_bonds_are_useful_multiples(known: Profile) -> None:
+    bonds = {b for m in planned(known, Recipe(keep=0.5)).matrices for b in m.bonds}
+    assert bonds
+    assert all(bond % 8 == 0 for bond in bonds)
 
 
 def test_what_is_no_plan_is_said_so(tmp_path: Path) -> None:

@@ -76,6 +76,18 @@ def test_what_cannot_be_met_is_named_with_the_least() -> None:
     assert (caught.value.quantity, caught.value.least) == ("bytes", 8.0)
 
 
+def test_budgets_that_exclude_each_other_are_named_together() -> None:
+    """Each can be met alone; the least of one within the others is what to raise it to."""
+    item = [Way(({"loss": np.array([0.0, 1.0, 2.0]), "bytes": np.array([8.0, 4.0, 2.0]), "parameters": np.ones(3)},))]
+    with pytest.raises(
+        InfeasibleError, match="loss: a budget of 1 cannot be met, the least reachable within the budgets of bytes is 2"
+    ) as caught:
+        choose([item, item], {"loss": 1.0, "bytes": 9.0}, "parameters")
+    assert (caught.value.least, caught.value.beside) == (2.0, ("bytes",))
+    with pytest.raises(InfeasibleError, match="within the budgets of bytes"):
+        choose([item, item], {"parameters": 4.0, "loss": 1.0, "bytes": 9.0}, "bytes")
+
+
 def test_a_thousand_matrices_are_planned_within_a_hundredth_of_a_per_cent() -> None:
     """The gap is asserted, the time only printed: machines differ. benchmarks/plan.py times it."""
     generator = np.random.default_rng(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,7 @@ class Plan:
         loss: predicted loss in nats a token, or None.
         gap: how far from the optimum the choice can be at most, relative; None where nothing was chosen.
         needs: what carrying it out takes, where that was estimated.
+        itemsize: bytes that a number which is not rounded will take, where that is known.
     """
 
     matrices: tuple[MatrixPlan, ...]
@@ -224,6 +225,7 @@ class Plan:
     loss: float | None = None
     gap: float | None = None
     needs: Needs | None = field(default=None, compare=False)
+    itemsize: int | None = field(default=None, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -287,14 +289,23 @@ class Plan:
             raise PlanError(f"{path} is not a plan: {type(error).__name__}: {error}") from error
         return plan
 
-    def check(self, shapes: Mapping[str, tuple[int, int, int]], other_parameters: int) -> None:
+    def check(
+        self,
+        shapes: Mapping[str, tuple[int, int, int]],
+        other_parameters: int,
+        tables: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         """Raises PlanError unless this plan fits a model; names the first entry that does not.
 
         Args:
             shapes: matrix name -> (block, out features, in features) of the model.
             other_parameters: its stored scalars outside these matrices.
+            tables: (rows, columns) of embedding, and of head where it has weights of its own; None leaves them unchecked.
         """
         given = {m.name: m for m in self.matrices}
+        if len(given) < len(self.matrices):
+            twice = next(m.name for i, m in enumerate(self.matrices) if m.name in {n.name for n in self.matrices[:i]})
+            raise PlanError(f"{twice}: the plan has two entries for this matrix")
         for name, (block, rows, columns) in shapes.items():
             matrix = given.pop(name, None)
             if matrix is None:
@@ -311,7 +322,14 @@ class Plan:
             raise PlanError(
                 f"{next(iter(given))}: the plan has this matrix, the model has not; is it a plan of another model?"
             )
+        for block in dict.fromkeys(m.block for m in self.matrices if m.kept_rows or m.kept_columns):
+            _check_channels(self.block(block))
         for table in self.tables:
+            if tables is not None and tables.get(table.name) != (table.out_features, table.in_features):
+                has = " x ".join(map(str, tables.get(table.name, ()))) or f"none of this name, but {', '.join(tables)}"
+                raise PlanError(
+                    f"{table.name}: the plan says {table.out_features} x {table.in_features} outside the blocks, the model has {has}"
+                )
             table.check()
         if self.other_parameters != other_parameters:
             raise PlanError(
@@ -321,7 +339,9 @@ class Plan:
     def __str__(self) -> str:
         dense = sum(m.sites is None for m in self.matrices)
         before = sum(m.dense_parameters for m in self.matrices)
-        work = sum(m.multiply_adds for m in self.matrices) / before
+        work = sum(m.multiply_adds for m in self.matrices)
+        stored = "" if self.itemsize is None else f" in {size(self.bytes(self.itemsize))}"
+        needs = "" if self.needs is None else f"; {self.needs}"
         loss = "" if self.loss is None else f", predicted loss {self.loss:.4f} nats a token (gap {self.gap or 0:.1g})"
         bits: dict[str, int] = {}
         for m in (*self.matrices, *self.tables):
@@ -330,9 +350,30 @@ class Plan:
         rounded = f", rounded: {', '.join(f'{n} x {g}' for g, n in sorted(bits.items()))}" if bits else ""
         return (
             f"{len(self.matrices)} matrices ({dense} stay dense): keep {self.keep:.3f}, "
-            f"{self.parameters / 1e6:.1f} M parameters of {(self.other_parameters + before) / 1e6:.1f} M, "
-            f"{work:.2f} of the matrices' multiply-adds{rounded}{loss}{'' if self.needs is None else f'; {self.needs}'}"
+            f"{self.parameters / 1e6:.1f} M parameters of {(self.other_parameters + before) / 1e6:.1f} M{stored}, "
+            f"{work / 1e6:.1f} M multiply-adds a token in the matrices ({work / before:.2f} of them){rounded}{loss}{needs}"
         )
+
+
+def _check_channels(matrices: Sequence[MatrixPlan]) -> None:
+    """Raises PlanError unless every matrix of a block that loses rows has one that loses as many columns, and the other way round."""
+    readers = {(m.in_features, m.columns) for m in matrices if m.kept_columns is not None}
+    written = set()
+    for m in matrices:
+        if m.kept_rows is None:
+            continue
+        pairs = {(n, c) for n, c in readers if m.out_features % n == 0 and m.rows == m.out_features // n * c}
+        if not pairs:
+            stay = ", ".join(f"{c} of {n}" for n, c in sorted(readers)) or "no fewer"
+            raise PlanError(
+                f"{m.name}: the plan keeps {m.rows} rows, but what reads them in its block keeps {stay} columns"
+            )
+        written |= pairs
+    for m in matrices:
+        if m.kept_columns is not None and (m.in_features, m.columns) not in written:
+            raise PlanError(
+                f"{m.name}: the plan keeps {m.columns} columns, but nothing in its block writes so few rows"
+            )
 
 
 def _tensors(grid: Grid | None) -> int:

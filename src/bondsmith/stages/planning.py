@@ -102,7 +102,8 @@ def planned(profile: Profile, recipe: Recipe) -> Plan:
     known = profile.metric == "loss"
     if not known:
         matrices, rounded = (tuple(replace(m, loss=None) for m in some) for some in (matrices, rounded))
-    return Plan(matrices, profile.other_parameters, rounded, loss if known else None, choice.gap)
+    known_loss = loss if known else None
+    return Plan(matrices, profile.other_parameters, rounded, known_loss, choice.gap, itemsize=profile.itemsize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +231,13 @@ def _fixed_bytes(tables: Sequence[MatrixPlan], profile: Profile) -> int:
 
 
 def _out_of_reach(error: InfeasibleError, tables: Sequence[MatrixPlan], profile: Profile) -> str:
+    if error.beside:
+        fixed = _fixed_bytes(tables, profile) if error.quantity == "bytes" else 0
+        return (
+            f"{error.quantity}: {_amount(error.quantity, error.budget + fixed)} cannot be met together with the budget of "
+            f"{' and '.join(error.beside)}: within that the least is {_amount(error.quantity, error.least + fixed)}; "
+            "loosen one of them"
+        )
     if error.quantity == "bytes":
         fixed = _fixed_bytes(tables, profile)
         what = "norms and biases" if tables else "embedding, head and norms"
@@ -243,6 +251,12 @@ def _out_of_reach(error: InfeasibleError, tables: Sequence[MatrixPlan], profile:
         f"{error.quantity}: a budget of {error.budget:,.0f} is out of reach, the least with these bounds and budgets is "
         f"{error.least:,.0f}; loosen the other budgets, bounds or keep_dense"
     )
+
+
+def _amount(quantity: str, value: float) -> str:
+    if quantity == "loss":
+        return f"{value:.4g} nats"
+    return f"{value / 1e6:.1f} MB" if quantity == "bytes" else f"{value:,.0f}"
 
 
 def _bounds(name: str, recipe: Recipe) -> tuple[float, float]:

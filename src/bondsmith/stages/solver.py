@@ -27,11 +27,16 @@ _TIGHT = 1 - 2e-6  # HiGHS takes a budget as met when it is passed by a milliont
 
 
 class InfeasibleError(ValueError):
-    """No choice meets the budgets; `quantity` is the one that cannot be met, `least` the smallest reachable amount."""
+    """No choice meets the budgets: of `quantity` the smallest reachable amount, within the budgets of those `beside`, is `least`."""
 
-    def __init__(self, quantity: str, budget: float, least: float):
-        super().__init__(f"{quantity}: a budget of {budget:g} cannot be met, the least reachable is {least:g}")
-        self.quantity, self.budget, self.least = quantity, budget, least
+    def __init__(self, quantity: str, budget: float, least: float, beside: tuple[str, ...] = ()):
+        within = f" within the budgets of {', '.join(beside)}" if beside else ""
+        super().__init__(f"{quantity}: a budget of {budget:g} cannot be met, the least reachable{within} is {least:g}")
+        self.quantity, self.budget, self.least, self.beside = quantity, budget, least, beside
+
+
+class _NoneError(Exception):
+    """No choice meets the budgets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +45,11 @@ class Way:
 
     members: tuple[Amounts, ...]
     loss: float = 0.0
+
+    def least(self, quantity: str) -> float:
+        """Returns the smallest amount of a quantity that it can come to."""
+        own = self.loss if quantity == "loss" else 0.0
+        return own + sum(float(member[quantity].min()) for member in self.members)
 
 
 @dataclass(frozen=True)
@@ -80,10 +90,38 @@ def choose(
     True
     """
     for limit in (1.0, _TIGHT):
-        choice = _choose(items, budgets, minimise, limit, gap, time.monotonic() + seconds)
+        try:
+            choice = _choose(items, budgets, minimise, limit, gap, time.monotonic() + seconds)
+        except _NoneError:
+            raise _unmet(items, budgets, gap, seconds) from None
         if all(choice.totals[q] <= b * (1 + 1e-12) for q, b in budgets.items()):
             break
     return choice
+
+
+def _unmet(items: Sequence[Sequence[Way]], budgets: Mapping[str, float], gap: float, seconds: float) -> InfeasibleError:
+    """Returns what says which budget cannot be met by itself or, where each can, how far one must be raised for the others to hold."""
+    alone = {q: sum(min(way.least(q) for way in item) for item in items) for q in budgets}
+    quantity = max(budgets, key=lambda q: alone[q] / max(abs(budgets[q]), 1e-300))
+    error = InfeasibleError(quantity, budgets[quantity], alone[quantity])
+    if alone[quantity] > budgets[quantity]:
+        return error
+    for quantity, budget in budgets.items():
+        others = {q: b for q, b in budgets.items() if q != quantity}
+        try:
+            least = choose(items, others, quantity, gap=gap, seconds=seconds).totals[quantity]
+        except InfeasibleError as found:
+            error = found
+            continue
+        for other in tuple(others):  # those that have no part in it
+            fewer = {q: b for q, b in others.items() if q != other}
+            if not fewer:
+                break
+            lower = choose(items, fewer, quantity, gap=gap, seconds=seconds).totals[quantity]
+            if lower > budget:
+                others, least = fewer, lower
+        return InfeasibleError(quantity, budget, least, tuple(others))
+    return error
 
 
 def _choose(
@@ -96,13 +134,12 @@ def _choose(
 ) -> Choice:
     """Returns the choice: large items are tried candidate by candidate, in the order of what each can lead to at best."""
     branches: list[tuple[float, _Problem, list[Sequence[Way]], dict[int, int]]] = []
-    failed: InfeasibleError | None = None
     for fixed, own in _branches(items, budgets):
         problem = replace(_Problem.build(own, budgets, minimise), limit=limit)
         try:
             branches.append((problem.relax()[0] * problem.scale, problem, own, fixed))
-        except InfeasibleError as error:
-            failed = error if failed is None or error.least < failed.least else failed
+        except _NoneError:
+            continue
     best: Choice | None = None
     least = np.inf
     for bound, problem, own, fixed in sorted(branches, key=lambda branch: branch[0]):
@@ -111,8 +148,7 @@ def _choose(
             break
         try:
             found = _solve(own, problem, gap, deadline)
-        except InfeasibleError as error:
-            failed = failed or error
+        except _NoneError:
             continue
         found = replace(
             found, candidates=tuple((fixed[i],) if i in fixed else c for i, c in enumerate(found.candidates))
@@ -121,8 +157,7 @@ def _choose(
         if best is None or found.totals[minimise] < best.totals[minimise]:
             best = found
     if best is None:
-        assert failed is not None
-        raise failed
+        raise _NoneError
     value = best.totals[minimise]
     return replace(best, gap=max(0.0, (value - least) / max(abs(value), 1e-300)))
 
@@ -169,7 +204,7 @@ def _solve(items: Sequence[Sequence[Way]], problem: _Problem, gap: float, deadli
         if x is not None and (value <= bound + max(room, gap * abs(value)) or everything or late):
             break
         if everything:
-            raise InfeasibleError(*problem.tightest())
+            raise _NoneError
         room = max(10 * room, value - bound if x is not None else 0.0)
     proved = max(bound, min(proved, np.inf if everything else bound + room))
     return problem.read(items, x, max(0.0, (value - proved) / max(abs(value), 1e-300)))
@@ -260,7 +295,7 @@ class _Problem:
     def _price(self) -> Floats:
         """Returns the price of the only budget, by golden section on the dual, which is concave in it."""
         if self._least(self.amounts[0])[0] > self.limit * (1 + 1e-12):
-            raise InfeasibleError(*self.tightest())
+            raise _NoneError
         cost = self.cost / self.scale
 
         def dual(exponent: float) -> float:
@@ -290,7 +325,7 @@ class _Problem:
         limits = np.full(len(self.amounts), self.limit)
         found = linprog(self.cost / self.scale, self.amounts, limits, matrix, right, bounds=(0, 1), method="highs")
         if found.x is None:
-            raise InfeasibleError(*self.tightest())
+            raise _NoneError
         return np.maximum(0.0, -found.ineqlin.marginals)
 
     def _least(self, priced: Floats) -> tuple[float, Floats]:
@@ -362,12 +397,6 @@ class _Problem:
             if "loss" in totals:
                 totals["loss"] += item[w].loss
         return Choice(tuple(ways), candidates, totals, gap)
-
-    def tightest(self) -> tuple[str, float, float]:
-        """Returns the quantity with the least room, its budget, and the least it can be with no other budget."""
-        least = {q: self._least(self.amounts[i])[0] for i, q in enumerate(self.budgets)}
-        quantity = max(least, key=lambda q: least[q])
-        return quantity, self.budgets[quantity], least[quantity] * max(abs(self.budgets[quantity]), 1e-300)
 
 
 def _undominated(item: Amounts, quantities: set[str]) -> NDArray[np.int64]:
