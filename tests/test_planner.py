@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import save_tiny
 from test_cli import run
 
 import bondsmith
+from bondsmith.pipeline import carry_out
+from bondsmith.recipe import RecipeError
 from bondsmith.rundir import RunError
 from bondsmith.stages.plan import Plan, PlanError
 from bondsmith.stages.profile import Profile
@@ -55,6 +58,26 @@ def test_the_page_of_a_profile_and_its_plan_come_from_the_same_numbers(
     run(monkeypatch, "frontier", str(profiled), "--out", str(tmp_path / "page.html"))
     assert "of second order" in " ".join(capsys.readouterr().out.split())
     assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_the_frontier_of_a_model_carries_points_out(
+    monkeypatch: pytest.MonkeyPatch, original: Path, text: Path, tmp_path: Path
+) -> None:
+    """From a model to the page, and again without making anything twice."""
+    home = tmp_path / "home"
+    command = ["frontier", str(original), "--profile", str(home), "--calibration", str(text), "--tokens", "1024"]
+    command += ["--window", "32"]
+    command += ["--carry-out", "keep=0.7", "--carry-out", "0.2"]
+    run(monkeypatch, *command)
+    made = {name: home / "measured" / name / "results.json" for name in ("keep-0.7", "0.2")}
+    assert all("quality" in json.loads(file.read_text()) for file in made.values())
+    page = (home / "frontier.html").read_text()
+    assert "keep=0.7" in page
+    times = {name: file.stat().st_mtime_ns for name, file in made.items()}
+    run(monkeypatch, *command)
+    assert times == {name: file.stat().st_mtime_ns for name, file in made.items()}
+    with pytest.raises(RecipeError, match=r"'loss=1' is no size: write 0.07, 38MB or keep=0.8"):
+        carry_out(home, ["loss=1"])
 
 
 def test_a_measured_model_scales_what_the_frontier_expects(original: Path, profiled: Path, tmp_path: Path) -> None:

@@ -198,3 +198,16 @@ def test_scored_and_calibration_text_are_apart(original: Path, text: Path, tmp_p
     known = {tuple(row.tolist()) for w in calibration for row in w.ids}
     assert sum(len(w.ids) for w in scored) == 3
     assert not known & {tuple(row.tolist()) for w in scored for row in w.ids}
+
+
+def test_without_memory_for_gradients_the_input_metric_takes_over(
+    original: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SMALL | {"calibration": [str(text)], "blocks": (1,), "keeps": (0.5,)}
+    monkeypatch.setattr("bondsmith.run.free_memory", lambda device: 1e5)
+    with pytest.raises(RunError, match=r"loss metric needs .* of memory"):
+        profile_layers(original, tmp_path / "forced", metric="loss", **settings)
+    with pytest.warns(UserWarning, match="going on with the input metric; networks then minimise"):
+        found = profile_layers(original, tmp_path / "out", **settings)
+    assert found.settings["metric"] == "input"
+    assert found.complete

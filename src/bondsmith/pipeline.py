@@ -22,11 +22,12 @@ from bondsmith.model.checkpoint import open_compressed, shard_name, write_config
 from bondsmith.model.hub import load
 from bondsmith.model.source import ModelError, Source, file_digest, load_whole
 from bondsmith.planner import adopt, shared_settings
-from bondsmith.recipe import Recipe
+from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, LOG, RunError, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
 from bondsmith.stages.job import Job
+from bondsmith.stages.profile import Profile
 from bondsmith.stages.reduction import fused_copies
 
 
@@ -96,6 +97,38 @@ def compress(
             raise
     move_into_place(directory, out)
     return Compressed(out, results)
+
+
+def carry_out(
+    directory: str | Path, sizes: Sequence[str], progress: Progress = lambda stage, share: None
+) -> dict[str, Path]:
+    """Compresses and measures a profiled model at some sizes; returns label -> directory, for `frontier`.
+
+    What is there already is not made again, and an interrupted one is gone on with.
+
+    Args:
+        directory: of a finished profile; models go into `measured` inside it.
+        sizes: of the weight files, as `bytes` of a recipe ("0.07", "38MB"), or shares of the parameters ("keep=0.8").
+
+    Raises:
+        RecipeError, RunError: before any work.
+    """
+    home = Path(directory).expanduser().absolute()
+    recipes = {}
+    for text in sizes:
+        budget, _, value = text.rpartition("=")
+        if budget not in ("", "keep", "bytes"):
+            raise RecipeError(f"{text!r} is no size: write 0.07, 38MB or keep=0.8")
+        settings = {"keep": float(value)} if budget == "keep" else {"bytes": value}
+        recipes[text] = Recipe.from_settings({"profile": str(home), **settings, **shared_settings(home)})
+    model = Profile.load(home).model
+    places = {text: home / "measured" / text.replace("=", "-") for text in sizes}
+    for text, recipe in recipes.items():
+        place = places[text]
+        if not (place / "results.json").is_file():
+            resume = place.with_name(place.name + ".partial").is_dir()
+            compress(model, place, recipe, resume=resume, progress=progress)
+    return places
 
 
 @dataclass

@@ -31,6 +31,8 @@ from bondsmith.model.source import (
     skeleton,
     stored_names,
 )
+from bondsmith.recipe import Recipe
+from bondsmith.run import settled_metric
 from bondsmith.rundir import RunError
 from bondsmith.stages import describe, moment_files, moments
 from bondsmith.stages.layer_settings import LayerSettings as LayerSettings
@@ -47,6 +49,7 @@ from bondsmith.stages.profile_layers import (
     plan_points,
 )
 from bondsmith.stages.profile_page import layer_sections, write_page
+from bondsmith.stages.shapes import model_shapes, table_plans
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.mpo import MPO
 
@@ -143,6 +146,7 @@ class _Run:
                 s.device if s.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
             )
             self.runner = self._runner()
+            s = self.settings = self.settled(before)
             blocks = s.blocks or default_blocks(len(self.runner))
             points = plan_points(self.runner, blocks, s.keeps, s.sites, s.gauge)
             self.tokenizer = load_tokenizer(self.source.path)
@@ -163,6 +167,20 @@ class _Run:
         profile = replace(profile, run={**profile.run, "seconds": self.seconds})
         profile.save(self.out)
         return profile
+
+    def settled(self, before: LayerProfile | None) -> LayerSettings:
+        """Returns the settings with a metric in the place of `auto`: that of the profile gone on with, or what memory allows."""
+        s = self.settings
+        if s.metric not in ("auto", "loss"):
+            return s
+        if before is not None and s.metric == "auto":
+            return replace(s, metric=before.settings["metric"])
+        shapes, _ = model_shapes(self.runner)
+        tables = {t.name: (t.out_features, t.in_features) for t in table_plans(self.runner)}
+        recipe = Recipe(keep=1.0, metric=s.metric, window=s.window, tokens=s.tokens, device=s.device)
+        return replace(
+            s, metric=settled_metric(shapes, tables, recipe, "networks then minimise the error of outputs, not nats")
+        )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -103,20 +103,8 @@ class Run:
             self.recipe = self.recipe.changed(metric=yaml.safe_load(known.read_text())["metric"])
             return
         tables = {t.name: (t.out_features, t.in_features) for t in opened.tables}
-        by_loss = self.recipe.changed(metric="loss")
-        needed, free = memory_needed(opened.shapes, tables, by_loss), free_memory(device_of(self.recipe))
-        if needed <= free:
-            self.recipe = by_loss
-            return
-        numbers = f"the loss metric needs {size(needed)} of memory, most of it for gradients of one block, {size(free)} are free"
-        if self.recipe.metric == "loss" or self.recipe.loss is not None:
-            raise RunError(
-                f"{numbers}: free some, take a smaller --window, or --metric input, which needs no gradients"
-            )
-        self.recipe = self.recipe.changed(metric="input")
         lost = "plans then rank matrices by their relative errors, not by nats, and predict no loss"
-        log.warning("%s: going on with the input metric; %s", numbers, lost)
-        warnings.warn(f"{numbers}: going on with the input metric; {lost}", stacklevel=2)
+        self.recipe = self.recipe.changed(metric=settled_metric(opened.shapes, tables, self.recipe, lost))
 
     def first_plan(self, opened: Opened) -> Plan:
         """Returns the plan if it needs no profile; otherwise, from the shapes alone, one that shows that the budgets can be met."""
@@ -397,3 +385,24 @@ def tokenizer_of(model: str | Path | PreTrainedModel, source: Source) -> Any:
     if isinstance(model, PreTrainedModel):
         return load_tokenizer(Path(str(model.name_or_path)))
     return load_tokenizer(source.path)
+
+
+def settled_metric(
+    shapes: Mapping[str, tuple[int, int, int]], tables: Mapping[str, tuple[int, int]], recipe: Recipe, lost: str
+) -> str:
+    """Returns loss where a pass back through a block fits into memory, else input, with a warning that says what is `lost`.
+
+    RunError where it does not fit and the recipe asks for the loss metric, or for a tolerated loss.
+    """
+    needed = memory_needed(shapes, tables, recipe.changed(metric="loss"))
+    free = free_memory(device_of(recipe))
+    if needed <= free:
+        return "loss"
+    numbers = (
+        f"the loss metric needs {size(needed)} of memory, most of it for gradients of one block, {size(free)} are free"
+    )
+    if recipe.metric == "loss" or recipe.loss is not None:
+        raise RunError(f"{numbers}: free some, take a smaller --window, or --metric input, which needs no gradients")
+    log.warning("%s: going on with the input metric; %s", numbers, lost)
+    warnings.warn(f"{numbers}: going on with the input metric; {lost}", stacklevel=3)
+    return "input"

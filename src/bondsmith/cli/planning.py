@@ -27,6 +27,7 @@ from bondsmith.cli.options import (
     RecipeFile,
     Resume,
     Seed,
+    Window,
 )
 from bondsmith.cli.screen import app, given, out, progress_bars
 
@@ -150,18 +151,40 @@ def make_plan(
 
 @app.command()
 def frontier(
-    directory: Annotated[Path, typer.Argument(help="Directory of a finished profile in the loss metric.")],
+    model: Annotated[str, typer.Argument(help="Hub id, local directory, .gguf file, or the directory of a profile.")],
     to: Annotated[Path | None, typer.Option("--out", help="Page to draw it on (frontier.html).")] = None,
+    carry: Annotated[
+        list[str] | None,
+        typer.Option("--carry-out", help="Size to compress to and measure: 0.07, 38MB or keep=0.8. Repeatable."),
+    ] = None,
     measured: Annotated[
         list[Path] | None, typer.Option(help="Compressed directory to draw beside, as measured. Repeatable.")
     ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--profile", help="Where the profile of a model goes, or is (NAME-profile).")
+    ] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="As of compress. Repeatable.")] = None,
+    evaluation: Annotated[list[str] | None, typer.Option(help="As of compress. Repeatable.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens in all (32768).")] = None,
+    window: Window = None,
+    device: Device = None,
+    seed: Seed = None,
 ) -> None:
-    """Show how small a profiled model can get for how much loss: cut, rounded, and both."""
-    from bondsmith import planner
+    """Show how small a model can get for how much loss: cut, rounded, and both; at some sizes carried out and measured."""
+    from bondsmith import pipeline, planner
 
-    page = to or directory / "frontier.html"
+    finished = (Path(model) / "profile.json").is_file()
+    home = Path(model) if finished else directory or Path(f"{Path(model).stem}-profile")
     with progress_bars() as show:
-        found = planner.frontier(directory, page, measured={p.name: p for p in measured or ()}, progress=show)
+        if not (home / "profile.json").is_file():
+            wanted = {"calibration": calibration, "evaluation": evaluation, "tokens": tokens, "window": window}
+            resume = home.is_dir() and any(home.iterdir())
+            planner.profile(
+                model, home, resume=resume, progress=show, **given(wanted | {"device": device, "seed": seed})
+            )
+        known = {p.name: p for p in measured or ()} | pipeline.carry_out(home, carry or (), show)
+        page = to or home / "frontier.html"
+        found = planner.frontier(home, page, measured=known, progress=show)
     out.print(found.table())
     out.print(f"page   {page}", highlight=False, soft_wrap=True)
 

@@ -15,7 +15,8 @@ class LayerSettings:
     Attributes:
         blocks: which blocks; empty: the first, the one at a sixth of the depth, the middle one and the last.
         keeps: shares of a matrix's parameters that its networks may store.
-        metric: what the networks minimise: frobenius (sequential SVD, the paper), input or loss (whitened cuts, or fitted networks).
+        metric: what the networks minimise: frobenius (sequential SVD, the paper), input or loss (whitened cuts, or fitted networks). auto
+            is loss, or input, with a warning, where a pass back through one block does not fit into memory.
         sites: shape of the networks, as in `bondsmith compress`.
         gauge: count one identity block fewer per bond of a matrix cut.
         calibration: SPECs of the text that the moments come from; not needed for frobenius.
@@ -33,7 +34,7 @@ class LayerSettings:
 
     blocks: tuple[int, ...] = ()
     keeps: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
-    metric: str = "loss"
+    metric: str = "auto"
     sites: str = "matrix"
     gauge: bool = True
     calibration: tuple[str, ...] = (SELF,)
@@ -53,8 +54,8 @@ class LayerSettings:
         for f in fields(self):
             if isinstance(f.default, tuple):
                 object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
-        if self.metric not in METRICS:
-            raise RecipeError(f"metric: {self.metric!r} is not one of {', '.join(METRICS)}")
+        if self.metric not in ("auto", *METRICS):
+            raise RecipeError(f"metric: {self.metric!r} is not one of auto, {', '.join(METRICS)}")
         if not self.keeps or not all(0 < k < 1 for k in self.keeps):
             raise RecipeError(f"keeps: {list(self.keeps)}: shares between 0 and 1 are needed, e.g. 0.1,0.5,0.9")
         if self.windows < 1 or self.window < 2:
