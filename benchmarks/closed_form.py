@@ -1,8 +1,9 @@
 """Time of closed-form compression (moments, networks, saving; no evaluation) in forward passes over the same tokens.
 
-    python benchmarks/closed_form.py MODEL --calibration FILE ... --tokens 32768 [--recipe fast]
+    python benchmarks/closed_form.py MODEL --calibration FILE ... --tokens 32768 [--recipe fast | --profile]
 
-Times one forward pass of the whole model over the calibration tokens before and after the compression, in the same process.
+Times one forward pass of the whole model over the calibration tokens before and after the compression, in the same process; with
+--profile before and after `bondsmith profile`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,20 @@ def forward_seconds(model: torch.nn.Module, ids: torch.Tensor, batch: int = 4) -
     return time.perf_counter() - start
 
 
+def profile_seconds(model: Path, out: Path, recipe: Recipe) -> dict[str, float]:
+    """Returns the time of each stage of `bondsmith profile`."""
+    began: dict[str, float] = {}
+    ended: dict[str, float] = {}
+
+    def progress(stage: str, share: float) -> None:
+        began.setdefault(stage, time.perf_counter())
+        ended[stage] = time.perf_counter()
+
+    settings = {name: getattr(recipe, name) for name in ("calibration", "tokens", "window", "gradient_share", "seed")}
+    bondsmith.profile(model, out, progress=progress, metric="loss", **settings)
+    return {stage: ended[stage] - start for stage, start in began.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -41,6 +56,7 @@ def main() -> None:
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--no-propagate", action="store_true")
     parser.add_argument("--recipe", type=Path, help="file or name of a recipe")
+    parser.add_argument("--profile", action="store_true", help="time the profile alone")
     parser.add_argument("--set", nargs="*", default=[], help="other settings, e.g. gradient_share=0.5")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,15 +72,18 @@ def main() -> None:
         settings |= {"calibration": options.calibration, "tokens": options.tokens}
         recipe = Recipe.read(options.recipe, **settings) if options.recipe else Recipe.from_settings(settings)
         start = time.perf_counter()
-        done = bondsmith.compress(source.path, Path(folder) / "out", recipe, evaluate=False)
+        if options.profile:
+            stages = profile_seconds(source.path, Path(folder) / "profile", recipe)
+        else:
+            stages = bondsmith.compress(source.path, Path(folder) / "out", recipe, evaluate=False).results["seconds"]
         seconds = time.perf_counter() - start
         after = forward_seconds(model, ids)
     table = Table("", "seconds", "forward passes")
     forward = (before + after) / 2
     table.add_row(f"one forward pass, {ids.numel()} tokens", f"{forward:.1f}", "1")
-    for stage, spent in done.results["seconds"].items():
+    for stage, spent in stages.items():
         table.add_row(stage, f"{spent:.1f}", f"{spent / forward:.2f}")
-    table.add_row("compression in all", f"{seconds:.1f}", f"{seconds / forward:.2f}")
+    table.add_row("in all", f"{seconds:.1f}", f"{seconds / forward:.2f}")
     Console().print(table)
 
 

@@ -219,12 +219,14 @@ class Recipe:
             if any(getattr(self, name) is not None for name in BUDGETS) or self.uniform:
                 raise RecipeError("plan: a finished plan needs no budget and is not uniform; give one or the other")
             return
-        if self.uniform and (self.keep is None) == (self.bytes is None):
-            raise RecipeError(
-                "give either keep (share of parameters, e.g. 0.8) or bytes (e.g. 0.07 or 38MB) with uniform, not both or none"
-            )
-        if self.uniform and (self.multiply_adds is not None or self.loss is not None):
-            raise RecipeError("uniform goes with keep or bytes alone; multiply_adds and loss need a plan")
+        if not self.planned:
+            why = "uniform" if self.uniform else f"sites {self.sites}, which give every matrix the same share"
+            if self.multiply_adds is not None or self.loss is not None or self.bounds:
+                raise RecipeError(f"keep or bytes alone go with {why}; multiply_adds, loss and bounds need a plan")
+            if (self.keep is None) == (self.bytes is None):
+                raise RecipeError(
+                    f"give either keep (share of parameters, e.g. 0.8) or bytes (e.g. 0.07 or 38MB) with {why}, not both or none"
+                )
         if all(v is None for v in (self.keep, self.bytes, self.multiply_adds, self.loss)):
             raise RecipeError(
                 "give a budget: keep (share of parameters, e.g. 0.8), bytes (e.g. 0.07 or 38MB), multiply_adds or loss"

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import FAMILIES, save_tiny, tiny_config
 
 import bondsmith
 from bondsmith import cli
+from bondsmith.model import facts
 from bondsmith.model.facts import read_facts
 from bondsmith.model.source import ModelError
 from bondsmith.recipe import Recipe, RecipeError
@@ -141,3 +143,22 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     printed = capsys.readouterr().out
     assert "time on this machine" in printed
     assert "checkpoint (float32) → float16" in printed
+
+
+def test_sizes_of_a_hub_model_come_from_its_metadata(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub answers is stood in for: tests have no network. Files in folders and tensors of unknown dtype do not count."""
+    files = [
+        SimpleNamespace(rfilename=n, size=s) for n, s in (("a.safetensors", 7), ("x/b.safetensors", 9), ("c.bin", 3))
+    ]
+    answer = SimpleNamespace(siblings=files, safetensors=SimpleNamespace(parameters={"BF16": 5, "F32": 1, "I64": 9}))
+    asked: list[str] = []
+
+    def info(_: object, name: str, **__: object) -> SimpleNamespace:
+        asked.append(name)
+        return answer
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
+    assert facts._hub_weights("someone/model") == (torch.bfloat16, 7, "the hub")
+    assert asked == ["someone/model"]
+    answer.safetensors = None
+    assert facts._hub_weights("someone/model") is None
