@@ -273,17 +273,25 @@ def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace,
     judge = Judge(model, texts)
     print("original", {name: round(value, 2) for name, value in judge.own.items()}, flush=True)
     parameters = sum(p.numel() for p in model.parameters())
-    for bits in options.bits:
-        plain(model, moments, judge, options, rows, bits, options.group)
-        if options.depth:
-            keep(rows, options, in_depth_order(options, judge, f"{bits}", uniform(bits, options.group)))
-    for share in options.shares:
-        for bits, group in neighbours(model, share * 4 * parameters):
-            plain(model, moments, judge, options, rows, bits, group)
-            keep(rows, options, in_depth_order(options, judge, f"{bits}", uniform(bits, group)))
-        place = options.keep / f"planned-{share:g}" if options.keep else None
-        keep(rows, options, in_depth_order(options, judge, f"{share:g} of it", {"bytes": str(share)}, place))
-        options.models += [place] if place else []
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder) / "profile"
+        if options.depth or options.shares:
+            start = time.perf_counter()
+            own = {"calibration": options.calibration, "tokens": options.tokens, "window": options.window}
+            bondsmith.profile(options.model, profile, **own)
+            print(f"profile for all compressions: {time.perf_counter() - start:.0f} s", flush=True)
+        for bits in options.bits:
+            plain(model, moments, judge, options, rows, bits, options.group)
+            if options.depth:
+                keep(rows, options, in_depth_order(options, judge, profile, f"{bits}", uniform(bits, options.group)))
+        for share in options.shares:
+            for bits, group in neighbours(model, share * 4 * parameters):
+                plain(model, moments, judge, options, rows, bits, group)
+                keep(rows, options, in_depth_order(options, judge, profile, f"{bits}", uniform(bits, group)))
+            place = options.keep / f"planned-{share:g}" if options.keep else None
+            budget = {"bytes": str(share)}
+            keep(rows, options, in_depth_order(options, judge, profile, f"{share:g} of it", budget, place))
+            options.models += [place] if place else []
     show(rows, judge.own, parameters)
 
 
@@ -333,17 +341,20 @@ def uniform(bits: int, group: int) -> dict[str, Any]:
 
 
 def in_depth_order(
-    options: argparse.Namespace, judge: Judge, label: str, settings: dict[str, Any], place: Path | None = None
+    options: argparse.Namespace,
+    judge: Judge,
+    profile: Path,
+    label: str,
+    settings: dict[str, Any],
+    place: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns the row of a `bondsmith compress`, embedding and head rounded too; its directory stays in `place`."""
+    """Returns the row of a `bondsmith compress --profile`, embedding and head rounded too; its directory stays in `place`."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = bondsmith.compress(
             options.model,
             place or Path(folder) / "out",
-            calibration=options.calibration,
-            tokens=options.tokens,
-            window=options.window,
+            profile=str(profile),
             evaluate=False,
             dtype="bfloat16",
             **settings,
