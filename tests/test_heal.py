@@ -299,6 +299,41 @@ def test_killed_again_and_again_ends_with_the_same_bytes(home: Path, tmp_path: P
     assert again.healing["curve"] == whole.healing["curve"]
 
 
+def test_killed_between_the_renames_at_the_end(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place: for a moment the directory has another name. A process that dies then has lost nothing."""
+    whole = heal(home, tmp_path / "whole", evaluate=False)
+    place = tmp_path / "small"
+    shutil.copytree(home / "small", place)
+    real = os.rename
+
+    def rename(source: Any, target: Any) -> None:
+        if Path(source).name == "small.partial":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    settings = {"data": str(home / "text.txt"), "evaluate": False} | SETTINGS
+    with monkeypatch.context() as patch:
+        patch.setattr("bondsmith.rundir.os.rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            bondsmith.heal(place, **settings)
+    assert sorted(p.name for p in tmp_path.glob("small*")) == ["small.old", "small.partial"]
+    bondsmith.heal(place, resume=True, **settings)
+    assert [p.name for p in tmp_path.glob("small*")] == ["small"]
+    assert weights(place) == weights(whole.path)
+
+
+def test_a_window_beyond_the_context_is_trained_in_full(tmp_path: Path, home: Path) -> None:
+    """As many tokens as asked for, in shorter windows."""
+    save_tiny(tmp_path / "model", max_position_embeddings=32)
+    bondsmith.compress(
+        tmp_path / "model", tmp_path / "small", keep=0.3, uniform=True, metric="frobenius", evaluate=False
+    )
+    done = bondsmith.heal(tmp_path / "small", data=str(home / "text.txt"), evaluate=False, **SETTINGS)
+    assert done.healing["settings"]["window"] == 32
+    assert done.healing["steps"] == SETTINGS["tokens"] // (SETTINGS["batch"] * 32)
+    assert done.healing["curve"][-1]["tokens"] == SETTINGS["tokens"]
+
+
 def stopped(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> Path:
     """A healing that was interrupted in step `at`."""
     real = loop.Loop._train_step
@@ -397,6 +432,19 @@ def test_a_teacher_with_another_vocabulary(home: Path, tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(other)
     refuses(
         home, tmp_path, HealError, "vocabulary of 600 words, .* one of 512: a teacher must have the same", teacher=other
+    )
+
+
+def test_a_teacher_with_the_same_number_of_other_words(home: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(home / "model", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    first, second = list(words)[10:12]
+    words[first], words[second] = words[second], words[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    refuses(
+        home, tmp_path, HealError, r"has another vocabulary than .*: '\w+' is word \d+ there, \d+ here", teacher=other
     )
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,18 @@ from bondsmith.nn.free import free_all
 from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
 from bondsmith.nn.simulated import simulate_rounding
 from bondsmith.recipe import grid_of
-from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, changes, log, logging_to, move_into_place, open_directory
+from bondsmith.rundir import (
+    FINGERPRINT,
+    LOG,
+    WORK,
+    RunError,
+    changes,
+    log,
+    logging_to,
+    move_into_place,
+    open_directory,
+    restore,
+)
 from bondsmith.stages import quality, report
 from bondsmith.stages.healing import output
 from bondsmith.stages.healing.loop import Loop, Moment, Teacher
@@ -101,6 +112,7 @@ def heal(
         DiskFullError: later; what is done is kept for `resume`.
     """
     chosen = HealSettings.from_settings(settings)
+    restore(Path(directory).expanduser().absolute())
     source = open_compressed(Path(directory).expanduser().absolute())
     place = source.path if out is None else Path(out).expanduser().absolute()
     for spec in (*chosen.data, *chosen.evaluation):
@@ -162,7 +174,15 @@ class _Run:
         samples = self.samples(tokenizer, original is not None)
         self.started = True
         log.info("%d windows to train on, %d held out", len(samples.train), len(samples.held))
+        width = samples.train.ids.shape[1]
+        if width < self.settings.window:
+            log.info("windows have the %d tokens that the model has positions for", width)
+            self.settings = replace(self.settings, window=width)
         apart = self.apart()
+        if not apart:
+            log.info(
+                "the model takes no positions of several pieces in a window: short samples that share one see each other"
+            )
         teacher = self.predictions(original, samples, apart)
         student = self.student()
         loop, freed = self.loop(student, samples, teacher, apart)
@@ -210,7 +230,21 @@ class _Run:
                 f"{name} has a vocabulary of {words[0]} words, {self.source.path} one of {words[1]}: a teacher must have the "
                 "same tokenizer; give the original with --teacher, or --no-teacher"
             )
+        self._check_words(name, original)
         return original
+
+    def _check_words(self, name: str | Path, original: Source) -> None:
+        """Raises HealError where both have a tokenizer and the words are not the same."""
+        try:
+            theirs, ours = (load_tokenizer(s.path).get_vocab() for s in (original, self.source))
+        except ModelError:  # one was written without
+            return
+        if theirs != ours:
+            word = next(w for w in {**ours, **theirs} if ours.get(w) != theirs.get(w))
+            raise HealError(
+                f"{name} has another vocabulary than {self.source.path}: {word!r} is word {theirs.get(word)} there, {ours.get(word)} "
+                "here; give the original with --teacher, or --no-teacher"
+            )
 
     def _open(self, name: str | Path, cache: Path) -> Source:
         try:

@@ -51,12 +51,25 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
+def restore(out: Path) -> None:
+    """Gives a directory its name back that a process killed between the two renames of `move_into_place` left as `OUT.old`."""
+    old = _old(out)
+    if old.is_dir() and out.with_name(out.name + ".partial").is_dir() and not out.exists():
+        os.rename(old, out)
+        log.warning("%s was left as %s by a run that was killed at its end: it has its name again", out, old.name)
+
+
+def _old(out: Path) -> Path:
+    return out.with_name(out.name + ".old")
+
+
 def open_directory(out: Path, resume: bool, overwrite: bool, replaces: bool = False) -> Path:
     """Returns `OUT.partial`, made or found again; RunError where `out` or an unfinished run is in the way.
 
     `replaces` is for commands whose result takes the place of what is in `out`.
     """
     partial = out.with_name(out.name + ".partial")
+    restore(out)
     if out.is_file():
         raise RunError(f"{out} is a file: give a directory")
     if out.is_dir() and any(out.iterdir()) and not (overwrite or replaces):
@@ -72,7 +85,7 @@ def open_directory(out: Path, resume: bool, overwrite: bool, replaces: bool = Fa
 
 def move_into_place(partial: Path, out: Path) -> None:
     """Gives the finished directory its name; what was there before, and what was needed only meanwhile, goes last."""
-    old = out.with_name(out.name + ".old")
+    old = _old(out)
     if out.exists():
         if old.exists():
             shutil.rmtree(old)

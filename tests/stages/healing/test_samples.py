@@ -88,6 +88,17 @@ def test_only_what_the_assistant_says_counts(tmp_path: Path) -> None:
     assert everything.tokens > 1.5 * windows.tokens
 
 
+def test_a_template_that_writes_earlier_turns_anew_trains_on_all_or_says_why_not(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }} " + tokenizer.chat_template
+    file = chats(tmp_path / "chat.jsonl.gz")
+    windows = read(file, tokenizer=tokenizer).train
+    assert windows.tokens > 1000
+    assert "w5 w6" in tokenizer.decode(windows.ids[0])
+    with pytest.raises(DataError, match="answers cannot be told apart: train on all tokens with --loss-on all"):
+        read(file, tokenizer=tokenizer, answers=True)
+
+
 def test_first_tokens_and_padding_never_count(tmp_path: Path) -> None:
     windows = read(chats(tmp_path / "chat.jsonl.gz")).train
     assert not windows.counts[windows.positions == 0].any()

@@ -125,3 +125,26 @@ def test_of_packed_matrices_the_scales_are_trained_and_the_integers_stay() -> No
         steps.step()
     assert torch.equal(layer.codes, codes)
     assert (layer.scales.detach() / scales).mean() == pytest.approx(1.1, abs=0.02)
+
+
+def test_scales_of_packed_matrices_are_trained(home: Path, tmp_path: Path) -> None:
+    bondsmith.compress(
+        home / "model",
+        tmp_path / "packed",
+        keep=1.0,
+        uniform=True,
+        bits=4,
+        group=16,
+        metric="frobenius",
+        evaluate=False,
+    )
+    model = bondsmith.load(tmp_path / "packed", dtype=torch.float32)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear) and ".layers." in n}
+    before = {n: m.scales.detach().clone() for n, m in packed.items()}
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 500, (8, 16))]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    HealTrainer(model, arguments, train_dataset=rows, learning_rate=0.01).train()
+    assert len(before) == 21
+    assert not any(torch.equal(model.get_submodule(n).scales, old) for n, old in before.items())

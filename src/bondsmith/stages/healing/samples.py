@@ -244,7 +244,13 @@ def _tokenise(row: str | list[dict[str, str]], spec: str, tokenizer: Any, answer
         return _text("\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row), tokenizer)
     tokens: list[int] = []
     counts: list[bool] = []
-    for text, counted in _spans(row, spec, tokenizer):
+    try:
+        spans = list(_spans(row, spec, tokenizer))
+    except DataError:
+        if answers:
+            raise
+        spans = [(tokenizer.apply_chat_template(row, tokenize=False), True)]
+    for text, counted in spans:
         found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens += found
         counts += [counted or not answers] * len(found)
@@ -270,7 +276,7 @@ def _spans(turns: list[dict[str, str]], spec: str, tokenizer: Any) -> Iterator[t
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
                 f"{spec}: the model's chat template writes earlier turns anew at later ones, so answers cannot be told apart: "
-                "train on all tokens of plain text instead"
+                "train on all tokens with --loss-on all"
             )
         yield before[len(done) :], False
         yield after[len(before) :], True

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from bondsmith.nn.free import free_all, pivot_all
+from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
 from bondsmith.stages.healing.losses import TopK, token_sums
 from bondsmith.stages.training import Steps, reduced_matrices, trainable
 
 
 class HealTrainer(Trainer):
-    """A `Trainer` that trains networks and norms of a compressed model towards its original.
+    """A `Trainer` that trains networks, norms and scales of a compressed model towards its original.
 
     Args:
         teacher: the original, in memory; without it the loss is the cross entropy of the labels.
@@ -42,6 +43,9 @@ class HealTrainer(Trainer):
         norm_rate: float = 1e-3,
         **kwargs: Any,
     ):
+        for module in model.modules():
+            if isinstance(module, PackedMatrix) and not isinstance(module, PackedEmbedding):
+                module.train_scales()
         self.dense = reduced_matrices(getattr(model.config, "quantization_config", {}))
         trainable(model, dense=self.dense)
         super().__init__(model, *args, **kwargs)
