@@ -248,3 +248,23 @@ def test_from_mpo_takes_no_random_numbers_and_shares_no_memory():
     assert mpo.cores[0].abs().sum() > 0
     assert layer.sites == Sites((4, 1), (1, 4))
     assert linear_module.GATHER_UP_TO >= 1
+
+
+@pytest.mark.parametrize("gauge", [False, True])
+def test_a_cut_of_large_bond_is_materialised_where_that_costs_less(gauge, monkeypatch):
+    """14 (16 + 16) multiply-adds a token are more than 16 x 16: from 18 tokens on one product with the matrix is cheaper."""
+    layer = MPOLinear(Sites((16, 1), (1, 16)), 14, bias=True, gauge=gauge)
+    made = []
+    real = MPOLinear.to_matrix
+    monkeypatch.setattr(MPOLinear, "to_matrix", lambda self, dtype=None: made.append(1) or real(self, dtype))
+    W, threshold = real(layer), -(-14 * 16 * 16 // (14 * 32 - 256))
+    for tokens, expected in ((threshold - 1, 0), (threshold, 1)):
+        made.clear()
+        x = torch.randn(tokens, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), x @ W.T + layer.bias, atol=1e-5, rtol=1e-4)
+        assert len(made) == expected
+    small = MPOLinear(Sites((16, 1), (1, 16)), 4, bias=True, gauge=gauge)
+    made.clear()
+    small(torch.randn(5000, 16))
+    assert not made

@@ -89,3 +89,13 @@ def test_numbers_that_do_not_exist_are_refused() -> None:
         eliminate_channels(weight, [7], input_moment=C, output_moment=B)
     with pytest.raises(ValueError, match="input moment has shape"):
         eliminate_channels(weight, [2], input_moment=B)
+
+
+def test_moments_without_a_root_are_named() -> None:
+    weight, C, B = moments(5, 12)
+    worse = torch.eye(5, dtype=torch.float64) + 3 * (1 - torch.eye(5, dtype=torch.float64))
+    assert float(torch.linalg.eigvalsh(worse)[0]) < 0
+    with pytest.raises(ValueError, match="output moment is singular or indefinite: eigenvalues from -2 to 13"):
+        eliminate_channels(weight, [6], input_moment=C, output_moment=worse, damping=0.0)
+    with pytest.raises(ValueError, match="input moment is singular or indefinite"):
+        eliminate_channels(weight, [6], input_moment=torch.zeros(12, 12), output_moment=B, damping=0.0)

@@ -15,7 +15,7 @@ from bondsmith.tensor import (
     sequential_svd,
     whitened_cut,
 )
-from bondsmith.tensor.fit import interleave
+from bondsmith.tensor.fit import interleave, shifted_target
 
 
 def randn(*shape, seed=0):
@@ -205,3 +205,13 @@ def test_bad_weights():
         whitened_cut(torch.ones(3, 3), 0)
     with pytest.raises(ValueError, match=r"difference of moments has shape \(2, 2\)"):
         propagated_target(torch.ones(3, 3), torch.eye(2), torch.eye(3))
+
+
+def test_moments_of_differences_that_are_not_finite_are_refused():
+    W, C = torch.randn(4, 6), torch.eye(6)
+    bad = torch.zeros(6, 6)
+    bad[0, 1] = torch.nan
+    with pytest.raises(ValueError, match="difference of moments holds 1 NaN or infinite entries of 36"):
+        propagated_target(W, bad, C)
+    with pytest.raises(ValueError, match="moment of outputs holds 24 NaN or infinite entries of 24"):
+        shifted_target(W, torch.full((4, 6), torch.inf), C)

@@ -49,3 +49,13 @@ def test_every_bond_of_a_network_can_be_pivoted(seed, bond):
     torch.testing.assert_close(MPO((*cores, pivoted.last)).to_matrix(), mpo.to_matrix())
     assert pivoted.parameters == sites.parameters(mpo.bonds, gauge=True)
     assert all(rest.numel() == 0 or rest.abs().max() <= 2 for rest in pivoted.rests)
+
+
+def test_what_is_not_finite_is_refused():
+    """NaN would never be the largest coefficient, and the exchanges would not end."""
+    bad = torch.ones(4, 2)
+    bad[1, 1] = torch.nan
+    with pytest.raises(ValueError, match="left factor holds 1 NaN or infinite entries of 8"):
+        pivot_cut(bad, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="right factor holds 1 NaN or infinite entries of 8"):
+        pivot_cut(torch.ones(4, 2), bad.T)

@@ -54,3 +54,8 @@ def test_rank_deficient_and_float32():
     U, s, Vh = svd.truncated_svd(matrix, 5)
     assert (U.dtype, s.dtype, Vh.dtype) == (torch.float32,) * 3
     torch.testing.assert_close(U * s @ Vh, matrix, atol=1e-5, rtol=1e-5)
+
+
+def test_a_matrix_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="matrix holds 1 NaN or infinite entries of 6"):
+        svd.truncated_svd(torch.tensor([[1.0, torch.inf, 0.0], [0.0, 1.0, 2.0]]), 1)

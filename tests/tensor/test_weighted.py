@@ -13,6 +13,7 @@ from bondsmith.tensor import (
     whitened_cut,
 )
 from bondsmith.tensor.algebra import move_center
+from bondsmith.tensor.metric import DAMPING
 from bondsmith.tensor.mpo import fold
 from bondsmith.tensor.weighted import _Problem, fit_cores, left_block, leg_moments, put_in, right_block, take_out
 
@@ -164,3 +165,25 @@ def test_zero_weight():
 def test_bad_moments(metric, message):
     with pytest.raises(ValueError, match=message):
         fit_mpo(WEIGHT, SITES[0], 3, **metric)
+
+
+def test_a_moment_whose_partial_traces_hide_that_it_is_indefinite():
+    """Pauli's x on both legs: symmetric, its partial traces are those of the identity, its eigenvalues go down to -1."""
+    flip = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    moment = torch.eye(4, dtype=torch.float64) + 2 * torch.kron(flip, flip)
+    for side in ("input_moment", "output_moment"):
+        with pytest.raises(ValueError, match=r"put moment is indefinite: eigenvalues from -1 to 3"):
+            fit_mpo(torch.randn(4, 4, dtype=torch.float64), Sites((2, 2), (2, 2)), 2, **{side: moment})
+
+
+def test_the_best_of_all_sweeps_is_kept(monkeypatch):
+    errors = iter([0.5, 0.3, 0.4, 0.4])
+    kept = []
+    monkeypatch.setattr(
+        "bondsmith.tensor.weighted._Problem.error", lambda self, cores: kept.append(list(cores)) or next(errors)
+    )
+    fit = fit_mpo(WEIGHT, SITES[0], 3, input_moment=C, max_sweeps=3, tolerance=-1.0)
+    monkeypatch.undo()
+    problem = _Problem.whiten(WEIGHT, SITES[0], C, None, DAMPING)
+    torch.testing.assert_close(fit.mpo.to_matrix(), problem.unwhiten(kept[1]).to_matrix())
+    assert fit.history == (0.5, 0.3, 0.4, 0.4)

@@ -2,7 +2,7 @@
 
 - Every core is an `nn.Linear` without bias, so LoRA, GPTQ hooks, FSDP and quantisers see it; the contraction calls it.
 - `contract` site by site, or `materialise` the matrix for one GEMM: a threshold on the tokens, fixed at construction,
-  decides.
+  decides, for matrix cuts too.
 - Training keeps the input and, of two sites, what passes between them; longer chains and built matrices are computed
   again in backward.
 - A core that somebody wrapped or hooked is always called, never read past. A core may be a `PackedLinear`.
@@ -119,7 +119,7 @@ class MPOLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., O)` for `x` of shape `(..., I)`."""
-        if self._is_cut:
+        if self._is_cut and (x.numel() < self._materialise_from or (self._gathers_on_cpu and x.device.type == "cpu")):
             return self._forward_cut(x)
         chain = self.sites.n > 2 or x.numel() >= self._materialise_from  # two sites keep one intermediate, no more
         if chain and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -112,6 +112,17 @@ def _spectrum(gram: Tensor, others: int) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(0)[:others].clamp_min(0).sqrt()
 
 
+def _factor(moment: Tensor, name: str) -> Tensor:
+    """Returns the Cholesky factor of a damped moment; ValueError where it has none."""
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    if int(failed):
+        values = torch.linalg.eigvalsh(moment)
+        raise ValueError(
+            f"{name} is singular or indefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g} with its damping"
+        )
+    return factor
+
+
 @dataclass(eq=False)
 class _State:
     """Where elimination stands: channels kept, the reader refitted to them, it seen through the root of `B`, the Gram matrix of that in
@@ -135,8 +146,8 @@ class _State:
         seen = W.clone()
         if output_moment is not None:
             check_moment(output_moment, W.shape[0], "output moment")
-            seen = torch.linalg.cholesky(damped(output_moment, damping)).T @ W
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+            seen = _factor(damped(output_moment, damping), "output moment").T @ W
+        inverse = torch.cholesky_inverse(_factor(moment, "input moment"))
         kept = torch.arange(W.shape[1], device=W.device)
         gone = torch.zeros_like(kept, dtype=torch.bool)
         return cls(kept, W, seen, quadratic(seen, moment), inverse, gone, len(kept), 0.0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bondsmith.tensor.checks import check_matrix, check_moment
+from bondsmith.tensor.checks import check_finite, check_matrix, check_moment
 from bondsmith.tensor.metric import DAMPING, Root, check_not_indefinite, moment_root, quadratic
 from bondsmith.tensor.metric import relative_error as relative_error
 from bondsmith.tensor.mpo import MPO
@@ -115,6 +115,7 @@ def propagated_target(
         raise ValueError(
             f"the difference of moments has shape {tuple(difference.shape)}, the input moment {tuple(input_moment.shape)}"
         )
+    check_finite(difference, "difference of moments")
     return shifted_target(weight, output_difference(weight, difference), input_moment, alpha, damping)
 
 
@@ -135,6 +136,7 @@ def shifted_target(
     check_matrix(weight)
     if moved.shape != weight.shape:
         raise ValueError(f"the moment of outputs has shape {tuple(moved.shape)}, the weight {tuple(weight.shape)}")
+    check_finite(moved, "moment of outputs")
     shift = moment_root(input_moment, damping, "input moment").solve(moved.to(torch.float64).T).T
     return torch.add(weight.to(torch.float64), shift, alpha=alpha).to(weight.dtype)
 

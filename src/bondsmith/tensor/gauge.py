@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bondsmith.tensor.checks import check_finite
 from bondsmith.tensor.mpo import MPO
 
 LARGEST_COEFFICIENT = 2.0
@@ -71,12 +72,14 @@ def pivot_cut(left: Tensor, right: Tensor, largest: float = LARGEST_COEFFICIENT)
 
     Row pivots by LU with partial pivoting, then exchanges of one row at a time (the maxvol rule of Goreinov et al.,
     "How to find a good submatrix") until no entry of `rest` exceeds `largest`. Works for factors of any rank.
-    ValueError if `k > O`.
+    ValueError if `k > O`, or if an entry is not finite.
 
     >>> cut = pivot_cut(torch.tensor([[1.0], [4.0], [2.0]]), torch.ones(1, 2))
     >>> cut.rest.flatten(), cut.right, cut.order
     (tensor([0.2500, 0.5000]), tensor([[4., 4.]]), tensor([1, 0, 2]))
     """
+    check_finite(left, "left factor")
+    check_finite(right, "right factor")
     out_features, bond = left.shape
     if bond > out_features:
         raise ValueError(

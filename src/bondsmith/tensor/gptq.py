@@ -80,7 +80,10 @@ def _inverse_factor(H: Tensor) -> Tensor:
             R = reverse.flip(0, 1)
             identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
             return torch.linalg.solve_triangular(R, identity, upper=True).to(torch.float32)
-    raise ValueError("the input moment is no second moment: it has large negative eigenvalues")
+    values = torch.linalg.eigvalsh(H)
+    raise ValueError(
+        f"input moment is indefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g} of the mean diagonal"
+    )
 
 
 def _first_pass(W: Tensor, grid: Grid, U: Tensor) -> Rounded:

@@ -88,6 +88,15 @@ def check_not_indefinite(gram: Tensor, name: str) -> None:
         )
 
 
+def check_semidefinite(moment: Tensor, name: str) -> None:
+    """Nothing, or ValueError if a moment `(n, n)` has a clearly negative eigenvalue; a Cholesky factorisation says it."""
+    shifted = damped(moment, 0.0)
+    shifted.diagonal().add_(_INDEFINITE * float(moment.diagonal().max()) + torch.finfo(torch.float64).tiny)
+    if int(torch.linalg.cholesky_ex(shifted)[1]):
+        values = torch.linalg.eigvalsh(damped(moment, 0.0))
+        raise ValueError(f"{name} is indefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}")
+
+
 def damped(moment: Tensor, damping: float) -> Tensor:
     """`moment + damping * mean(diag) * 1`, symmetric, a float64 copy."""
     full = torch.empty(moment.shape, dtype=torch.float64, device=moment.device).copy_(moment)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bondsmith.tensor.checks import check_matrix
+
 DENSE_UP_TO = 1024
 _STEPS = 5
 _EXTRA = 0.15  # of the rank, carried along and dropped: what decides how fast the last wanted vectors converge
@@ -58,6 +60,7 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     >>> s
     tensor([3., 2.])
     """
+    check_matrix(matrix, "matrix")
     basis = leading_left_vectors(matrix, rank, seed)
     small = basis.T @ matrix.to(torch.float64)
     values, rotation = torch.linalg.eigh(small @ small.T)

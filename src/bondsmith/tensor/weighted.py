@@ -22,7 +22,7 @@ from torch import Tensor
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.checks import check_matrix, check_moment
 from bondsmith.tensor.fit import check_sites, clip_bonds, sequential_svd, whitened_cut
-from bondsmith.tensor.metric import DAMPING, Root, damped, moment_root, relative_error
+from bondsmith.tensor.metric import DAMPING, Root, check_semidefinite, damped, moment_root, relative_error
 from bondsmith.tensor.mpo import MPO, fold
 from bondsmith.tensor.sites import Sites
 
@@ -66,8 +66,8 @@ def fit_mpo(
 
     The matrix cut comes from the exact closed form. Others start from sequential SVDs in leg-whitened coordinates and
     are swept to and fro, each core solved by conjugate gradients (to a tenth of its residual, at most `solver_steps` of
-    them), until a sweep improves the error by less than `tolerance` of it. Never worse than its start. Works in
-    float32, or in float64 for a float64 weight. ValueError for bad weights, moments, bonds.
+    them), until a sweep improves the error by less than `tolerance` of it. The best state of all sweeps is what comes
+    back. Works in float32, or in float64 for a float64 weight. ValueError for bad weights, moments, bonds.
 
     >>> weight = torch.eye(6) + torch.arange(36.0).reshape(6, 6) / 36
     >>> fit = fit_mpo(weight, Sites((2, 3), (3, 2)), 2, input_moment=torch.diag(torch.arange(1.0, 7.0)))
@@ -84,13 +84,16 @@ def fit_mpo(
     problem = _Problem.whiten(weight, sites, input_moment, output_moment, damping)
     cores = list(sequential_svd(problem.target, sites, bonds).cores)
     history, converged = [problem.error(cores)], False
+    best = list(cores)
     while len(history) <= max_sweeps and not converged and sites.n > 1:
         for k in _path(sites.n):
             move_center(cores, k)
             cores[k] = problem.solve(cores, k, solver_steps, _SOLVED)
         history.append(problem.error(cores))
+        if history[-1] <= min(history):
+            best = list(cores)
         converged = history[-1] >= (1 - tolerance) * history[-2]
-    mpo = problem.unwhiten(cores).to(dtype=weight.dtype)
+    mpo = problem.unwhiten(best).to(dtype=weight.dtype)
     error = relative_error(weight, mpo.to_matrix(), input_moment, output_moment)
     return Fit(mpo, error, tuple(history), converged or sites.n == 1)
 
@@ -107,6 +110,7 @@ def fit_cores(
     solver_steps: int = 12,
 ) -> list[Tensor]:
     """The cores of a network with those in `which` fitted anew to `weight` in the metric, one after another; the others stay."""
+    check_matrix(weight)
     sites = MPO(tuple(cores)).sites
     problem = _Problem.whiten(weight, sites, input_moment, output_moment, damping)
     found = problem.whiten_cores(cores)
@@ -240,6 +244,7 @@ def _whiten_moment(
     if moment is None:
         return None, None
     check_moment(moment, prod(legs), name)
+    check_semidefinite(moment, name)
     full = damped(moment, damping)
     roots = [moment_root(leg, _LEG_DAMPING, name) for leg in leg_moments(full, legs)]
     inverses = [root.inverse.T for root in roots]
