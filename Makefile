@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint maths clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
@@ -19,6 +19,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The mathematics alone: types without any relaxation, tests, coverage.
+maths: $(VENV)/.installed
+	$(BIN)/mypy --config-file /dev/null --strict src/bondsmith/tensor
+	$(BIN)/python -m pytest tests/tensor tests/nn --cov=src/bondsmith/tensor --cov=src/bondsmith/nn --cov-report=term --cov-fail-under=95
 
 clean:
 	rm -rf $(VENV) demo-output demo-data .pytest_cache .ruff_cache .mypy_cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from bondsmith.tensor.metric import relative_error
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.weighted import fit_mpo
 
+log = logging.getLogger("bondsmith")
 LEAST_DAMPING = 1e-3  # of what has to be as measured: predictions, and the errors that rounding compensates
 
 
@@ -80,7 +83,9 @@ def fit_network(W: Tensor, plan: MatrixPlan, C: Tensor | None, B: Tensor | None,
     if C is None:
         return sequential_svd(W, plan.sites, plan.bonds)
     if not plan.sites.is_matrix_cut:
-        return fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=damping).mpo
+        fit = fit_mpo(W, plan.sites, plan.bonds, input_moment=C, output_moment=B, damping=damping)
+        log.info("%s: %s", plan.name, fit)
+        return fit.mpo
     return whitened_cut(W, plan.bonds[0], input_moment=C, output_moment=B, damping=damping)
 
 

@@ -99,7 +99,8 @@ def entropy(values: Tensor) -> float:
 def _entropy(values: Tensor) -> Tensor:
     weight = values.to(torch.float64) ** 2
     p = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.special.entr(p).sum(-1)
+    total: Tensor = torch.special.entr(p).sum(-1)
+    return total
 
 
 def truncate(mpo: MPO, bonds: int | Sequence[int] | None = None, *, discard: float = 0.0) -> Truncated:
@@ -132,7 +133,8 @@ def inner(left: MPO, right: MPO) -> Tensor:
 
 def norm(mpo: MPO) -> Tensor:
     """The Frobenius norm of the matrix."""
-    return canonical(mpo.to(dtype=torch.float64), 0).cores[0].flatten(-4).norm(dim=-1)
+    first = canonical(mpo.to(dtype=torch.float64), 0).cores[0]
+    return first.flatten(-4).square().sum(-1).sqrt()
 
 
 def add(left: MPO, right: MPO) -> MPO:

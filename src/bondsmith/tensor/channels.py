@@ -109,11 +109,13 @@ def writer_spectra(
 
 def _spectrum(gram: Tensor, others: int) -> Tensor:
     """Returns the singular values of a matrix by its Gram matrix; its other side has `others` rows."""
-    return torch.linalg.eigvalsh(gram).flip(0)[:others].clamp_min(0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)[:others]
+    return squares.clamp_min(0).sqrt()
 
 
 def _factor(moment: Tensor, name: str) -> Tensor:
     """Returns the Cholesky factor of a damped moment; ValueError where it has none."""
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(moment)
     if int(failed):
         values = torch.linalg.eigvalsh(moment)

@@ -30,8 +30,8 @@ def check_moment(moment: Tensor, size: int, name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(moment.shape)}; the weight needs ({size}, {size})")
     check_finite(moment, name)
     scale = float(moment.diagonal().abs().max())
-    panels = moment.split(512)  # no second copy of a large moment
-    columns = moment.split(512, 1)
+    panels = torch.split(moment, 512)  # no second copy of a large moment
+    columns = torch.split(moment, 512, 1)
     asymmetry = max(float((rows - others.T).abs().max()) for rows, others in zip(panels, columns, strict=True))
     if asymmetry > 1e-3 * scale:
         raise ValueError(f"{name} is not symmetric: entries differ by {asymmetry:.3g} at a scale of {scale:.3g}")

@@ -97,7 +97,8 @@ def cut_spectrum(
     check_matrix(weight)
     sides = _Side("input", input_moment, input_root), _Side("output", output_moment, output_root)
     gram = _whiten_short_side(weight, *sides, damping)[2]
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0)
+    return squares.clamp_min(0).sqrt()
 
 
 def propagated_target(
@@ -122,7 +123,7 @@ def propagated_target(
 def output_difference(weight: Tensor, difference: Tensor) -> Tensor:
     """`W E[(x - xh) xh^T]` in float64, `(O, I)`: how far the outputs are moved by another input."""
     W = weight.to(torch.float64)
-    return torch.cat([W @ columns.to(torch.float64) for columns in difference.split(1024, 1)], 1)
+    return torch.cat([W @ columns.to(torch.float64) for columns in torch.split(difference, 1024, 1)], 1)
 
 
 def shifted_target(

@@ -79,7 +79,8 @@ def _inverse_factor(H: Tensor) -> Tensor:
         if int(failed) == 0:
             R = reverse.flip(0, 1)
             identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            return torch.linalg.solve_triangular(R, identity, upper=True).to(torch.float32)
+            factor: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
+            return factor.to(torch.float32)
     values = torch.linalg.eigvalsh(H)
     raise ValueError(
         f"input moment is indefinite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g} of the mean diagonal"

@@ -153,4 +153,5 @@ def _leading(gram: Tensor, rank: int, steps: int = 3) -> Tensor:
     Q = torch.randn(len(gram), width, generator=torch.Generator().manual_seed(0)).to(gram)
     for _ in range(steps):
         Q = torch.linalg.qr(gram @ Q)[0]
-    return Q @ torch.linalg.eigh(Q.T @ gram @ Q)[1].flip(1)[:, :rank]
+    rotation: Tensor = torch.linalg.eigh(Q.T @ gram @ Q)[1]
+    return Q @ rotation.flip(1)[:, :rank]

@@ -48,7 +48,8 @@ class Root:
         """`R^-T columns`."""
         if self.general_inverse is not None:
             return self.general_inverse.T @ columns
-        return torch.linalg.solve_triangular(self.root.T, columns, upper=True)
+        found: Tensor = torch.linalg.solve_triangular(self.root.T, columns, upper=True)
+        return found
 
     def solve(self, columns: Tensor) -> Tensor:
         """`M^-1 columns`."""

@@ -141,4 +141,6 @@ def spread(right: Tensor, C: Tensor, seed: int = 0) -> Tensor:
     values, vectors = torch.linalg.eigh(R @ C.to(torch.float64) @ R.T)
     scales = values.clamp_min(float(values[-1]) * 1e-8).pow(-0.25)
     turn = torch.randn(len(R), len(R), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(turn)[0].to(R.device) @ ((vectors * scales).T @ R)
+    rotation: Tensor = torch.linalg.qr(turn)[0]
+    balanced: Tensor = (vectors * scales).T @ R
+    return rotation.to(R.device) @ balanced

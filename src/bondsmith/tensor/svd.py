@@ -47,7 +47,8 @@ def leading_left_vectors(matrix: Tensor, rank: int, seed: int = 0) -> Tensor:
         return fix_signs(torch.linalg.svd(M, full_matrices=False)[0][:, :rank])
     if M.shape[0] <= M.shape[1]:
         return leading_eigenvectors(M @ M.T, rank, seed)
-    return torch.linalg.qr(M @ leading_eigenvectors(M.T @ M, rank, seed))[0]
+    basis: Tensor = torch.linalg.qr(M @ leading_eigenvectors(M.T @ M, rank, seed))[0]
+    return basis
 
 
 def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
