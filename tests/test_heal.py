@@ -119,6 +119,20 @@ def test_less_memory_or_half_precision_learn_the_same(home: Path, tmp_path: Path
     assert half.healing["curve"][-1]["kl"] < half.healing["curve"][0]["kl"]
 
 
+def test_small_micro_batches_make_the_same_steps(home: Path, tmp_path: Path) -> None:
+    whole = heal(home, tmp_path / "whole", evaluate=False, micro_batch=8)
+    parts = heal(home, tmp_path / "parts", evaluate=False, micro_batch=3)
+    for a, b in zip(whole.healing["curve"], parts.healing["curve"], strict=True):
+        assert b["kl"] == pytest.approx(a["kl"], rel=1e-4)
+
+
+def test_a_step_says_loss_speed_and_time_left() -> None:
+    moment = loop.Moment(7, 20, 1.25, 812.4, 125.0)
+    assert str(moment) == "step 7/20: loss 1.2500, 812 tokens/s, 2:05 left"
+    checked = loop.Moment(7, 20, 1.25, 812.4, 125.0, {"kl": 0.5, "perplexity": 12.0})
+    assert str(checked).endswith("; validation: KL 0.5000, perplexity 12.000")
+
+
 def test_without_a_teacher_it_learns_the_text(home: Path, tmp_path: Path) -> None:
     done = heal(home, tmp_path / "out", teacher=False, tokens=10240, learning_rate=0.01, norm_rate=0.01)
     curve = done.healing["curve"]
