@@ -201,7 +201,7 @@ def heal(
             evaluate=not no_evaluate,
             command=shlex.join(["bondsmith", *sys.argv[1:]]),
             progress=show,
-            tell=_tell,
+            tell=lambda moment: _tell(moment, show),
             **((read_settings(recipe) if recipe else {}) | changes),
         )
     if os.environ.get("RANK", "0") == "0":
@@ -209,7 +209,8 @@ def heal(
         out.print(f"model   {done.path}", highlight=False, soft_wrap=True)
 
 
-def _tell(moment: Any) -> None:
+def _tell(moment: Any, show: Any) -> None:
+    show("heal", moment.step / moment.steps, f"loss {moment.loss:.4f}, {moment.rate:.0f} tokens/s")
     if moment.validation is not None:
         err.print(str(moment), highlight=False, soft_wrap=True)
 

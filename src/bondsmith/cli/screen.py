@@ -26,15 +26,16 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def progress_bars() -> Iterator[Any]:
-    """Yields a function (stage, share) that draws one bar per stage with the time it still needs."""
+    """Yields a function (stage, share, note) that draws one bar per stage with the time it still needs and, behind it, a note."""
     columns = (TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, *times, console=err) as progress:
 
-        def show(stage: str, share: float) -> None:
+        def show(stage: str, share: float, note: str = "") -> None:
             if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=1.0)
-            progress.update(bars[stage], completed=share)
+                bars[stage] = progress.add_task(stage, total=1.0, note="")
+            progress.update(bars[stage], completed=share, note=note)
 
         try:
             yield show

@@ -78,8 +78,10 @@ def round_cores(
     assert plan.grid is not None
     if rounding != "compensated":
         for k, core in enumerate(layer.cores):
-            if core.weight.numel():
-                rounded = _round(core.weight.detach().float(), plan.grid, None, rounding)
+            numbers = core.weight
+            assert isinstance(numbers, Tensor)
+            if numbers.numel():
+                rounded = _round(numbers.detach().to(torch.float32), plan.grid, None, rounding)
                 layer.cores[k] = PackedLinear.from_rounded(rounded)
         return layer
     network = round_network(target, mpo, plan.grid, input_moment=C, output_moment=B, gauge=plan.gauge, damping=damping)
