@@ -8,8 +8,8 @@ rounded; bytes count all of them, scales included, everything else at two bytes.
 searched scales, HQQ and bitsandbytes from their packages (left out, with a line, where not installed), GPTQ as published. "ours" adds
 fitted scales and moved codes; with `--depth` also inside the depth-order pass of `bondsmith compress`, where later blocks make up for
 earlier ones. `--shares` compares `bondsmith compress --bytes SHARE` with the two plain quantizers next to that share of the fp32 bytes,
-one that just fits and one that is just larger, each in all these ways and in depth order. A model whose weights lie on a four-bit grid
-already (a GGUF file) says little about four bits.
+one that just fits and one that is just larger, each in all these ways (with `--depth` in depth order, too). A model whose weights lie on
+a four-bit grid already (a GGUF file) says little about four bits.
 """
 
 from __future__ import annotations
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--moments", type=Path, help="keep the input moments in this file, or read them from it")
     parser.add_argument("--depth", action="store_true", help="also through bondsmith compress, blocks in depth order")
+    parser.add_argument("--profile", type=Path, help="of this model on the same text: made there, or taken from there")
     parser.add_argument("--shares", type=float, nargs="*", default=[], help="of the fp32 bytes, for a plan to meet")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--keep", type=Path, help="keep the planned models in this directory; --speed times them too")
@@ -274,8 +275,8 @@ def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace,
     print("original", {name: round(value, 2) for name, value in judge.own.items()}, flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
-        profile = Path(folder) / "profile"
-        if options.depth or options.shares:
+        profile = options.profile or Path(folder) / "profile"
+        if (options.depth or options.shares) and not (profile / "profile.json").is_file():
             start = time.perf_counter()
             own = {"calibration": options.calibration, "tokens": options.tokens, "window": options.window}
             bondsmith.profile(options.model, profile, **own)
@@ -287,7 +288,8 @@ def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace,
         for share in options.shares:
             for bits, group in neighbours(model, share * 4 * parameters):
                 plain(model, moments, judge, options, rows, bits, group)
-                keep(rows, options, in_depth_order(options, judge, profile, f"{bits}", uniform(bits, group)))
+                if options.depth:
+                    keep(rows, options, in_depth_order(options, judge, profile, f"{bits}", uniform(bits, group)))
             place = options.keep / f"planned-{share:g}" if options.keep else None
             budget = {"bytes": str(share)}
             keep(rows, options, in_depth_order(options, judge, profile, f"{share:g} of it", budget, place))
