@@ -18,6 +18,7 @@ import argparse
 import copy
 import gc
 import json
+import logging
 import math
 import statistics
 import tempfile
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every call
     if both := set(options.calibration) & set(options.evaluate):
         parser.error(
             f"{', '.join(sorted(both))}: calibrated on, so nothing can be judged on it; give other text to --evaluate"
