@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -101,10 +102,15 @@ def test_quantised_checkpoints(model: Path, compressed: Path, tmp_path: Path, te
     refuses(ModelError, r"already quantised \(bondsmith\): compress the original", compressed, tmp_path, text)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_nan_in_weights_names_the_matrix(name: str, model: Path, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model.layers.1.mlp.up_proj.weight", math.nan), ("model.embed_tokens.weight", math.inf)],
+)
+def test_nan_or_infinity_in_weights_names_the_matrix(
+    name: str, value: float, model: Path, tmp_path: Path, text: Path
+) -> None:
     tensors = load_file(model / "model.safetensors")
-    tensors[name][3, 4] = float("nan")
+    tensors[name][3, 4] = value
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=rf"{name}: 1 of \d+ weights are NaN"):
         compress(model, tmp_path, text)
