@@ -118,6 +118,7 @@ def test_a_model_that_does_not_fit_gives_the_same(
     whole = profile_layers(original, tmp_path / "whole", **settings)
     memory = profiling.psutil.virtual_memory()
     monkeypatch.setattr(profiling.psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    monkeypatch.setattr("bondsmith.run.free_memory", lambda device: 1e12)  # the metric stays
     streamed = profile_layers(original, tmp_path / "streamed", **settings)
     for a, b in zip(whole.points, streamed.points, strict=True):
         assert b.probe.kl == pytest.approx(a.probe.kl, rel=1e-4)
