@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bondsmith.recipe import Recipe
+from bondsmith.stages.knapsack import Way
 from bondsmith.stages.planning import planned
 from bondsmith.stages.profile import Profile
-from bondsmith.stages.solver import Way, choose
+from bondsmith.stages.solver import choose
 
 BUDGETS = {"bytes": 0.12, "parameters": 0.6, "multiply_adds": 0.6}
 

@@ -142,7 +142,7 @@ def test_without_memory_for_gradients_the_input_metric_takes_over(
     original: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"calibration": [str(text)], "bytes": "0.3"} | SETTINGS
-    monkeypatch.setattr("bondsmith.run.free_memory", lambda device: 1e5)
+    monkeypatch.setattr("bondsmith.limits.free_memory", lambda device: 1e5)
     with pytest.raises(RunError, match=r"loss metric needs .* of memory.*input, which needs no gradients"):
         bondsmith.compress(original, tmp_path / "forced", metric="loss", **settings)
     assert not (tmp_path / "forced.partial").exists()

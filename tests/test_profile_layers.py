@@ -118,7 +118,7 @@ def test_a_model_that_does_not_fit_gives_the_same(
     whole = profile_layers(original, tmp_path / "whole", **settings)
     memory = profiling.psutil.virtual_memory()
     monkeypatch.setattr(profiling.psutil, "virtual_memory", lambda: memory._replace(available=1000))
-    monkeypatch.setattr("bondsmith.run.free_memory", lambda device: 1e12)  # the metric stays
+    monkeypatch.setattr("bondsmith.limits.free_memory", lambda device: 1e12)  # the metric stays
     streamed = profile_layers(original, tmp_path / "streamed", **settings)
     for a, b in zip(whole.points, streamed.points, strict=True):
         assert b.probe.kl == pytest.approx(a.probe.kl, rel=1e-4)
@@ -205,7 +205,7 @@ def test_without_memory_for_gradients_the_input_metric_takes_over(
     original: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = SMALL | {"calibration": [str(text)], "blocks": (1,), "keeps": (0.5,)}
-    monkeypatch.setattr("bondsmith.run.free_memory", lambda device: 1e5)
+    monkeypatch.setattr("bondsmith.limits.free_memory", lambda device: 1e5)
     with pytest.raises(RunError, match=r"loss metric needs .* of memory"):
         profile_layers(original, tmp_path / "forced", metric="loss", **settings)
     with pytest.warns(UserWarning, match="going on with the input metric; networks then minimise"):

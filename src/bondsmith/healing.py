@@ -23,7 +23,7 @@ from bondsmith.data import check_spec
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.checkpoint import open_compressed, write_json
 from bondsmith.model.hub import FORMAT, load
-from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, open_source, skeleton
+from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, skeleton
 from bondsmith.nn.free import free_all
 from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
 from bondsmith.nn.simulated import simulate_rounding
@@ -45,10 +45,10 @@ from bondsmith.stages.healing import output
 from bondsmith.stages.healing.loop import Loop, Moment, Teacher
 from bondsmith.stages.healing.ranks import Ranks, joined
 from bondsmith.stages.healing.samples import Samples, join, read_samples
-from bondsmith.stages.healing.settings import HealError, HealSettings
+from bondsmith.stages.healing.settings import HealSettings
 from bondsmith.stages.healing.shard import compute_again, keeps_apart, shard
 from bondsmith.stages.healing.state import States
-from bondsmith.stages.healing.teacher import Cache, ask
+from bondsmith.stages.healing.teacher import Cache, ask, check_vocabulary, open_original, original_of
 from bondsmith.stages.training import Steps, reduced_matrices, trainable
 
 _NO_LONGER = ("quality", "quality_fitted", "tasks", "chat")  # sections of the results that training changes
@@ -211,49 +211,13 @@ class _Run:
         """Returns the original, or None without one; ModelError where it is of another vocabulary."""
         if self.teacher is False:
             return None
-        name = self.teacher
-        if name is True:
-            results = self.source.path / "results.json"
-            if not results.is_file():
-                raise HealError(
-                    f"{self.source.path} does not say what it was made from: give --teacher MODEL or --no-teacher"
-                )
-            name = json.loads(results.read_text())["model"]["name"]
-        cache = self.work / "source"
+        name = original_of(self.source.path) if self.teacher is True else self.teacher
         if self.ranks.main:
-            self._open(name, cache)
+            open_original(name, self.work / "source")
         self.ranks.wait()
-        original = self._open(name, cache)
-        words = [int(c.get_text_config().vocab_size) for c in (original.config, self.source.config)]
-        if words[0] != words[1]:
-            raise HealError(
-                f"{name} has a vocabulary of {words[0]} words, {self.source.path} one of {words[1]}: a teacher must have the "
-                "same tokenizer; give the original with --teacher, or --no-teacher"
-            )
-        self._check_words(name, original)
+        original = open_original(name, self.work / "source")
+        check_vocabulary(str(name), original, self.source)
         return original
-
-    def _check_words(self, name: str | Path, original: Source) -> None:
-        """Raises HealError where both have a tokenizer and the words are not the same."""
-        try:
-            theirs, ours = (load_tokenizer(s.path).get_vocab() for s in (original, self.source))
-        except ModelError:  # one was written without
-            return
-        if theirs != ours:
-            word = next(w for w in {**ours, **theirs} if ours.get(w) != theirs.get(w))
-            raise HealError(
-                f"{name} has another vocabulary than {self.source.path}: {word!r} is word {theirs.get(word)} there, {ours.get(word)} "
-                "here; give the original with --teacher, or --no-teacher"
-            )
-
-    def _open(self, name: str | Path, cache: Path) -> Source:
-        try:
-            return open_source(name, cache)
-        except ModelError as error:
-            raise HealError(
-                f"the original cannot be opened ({error}): say where it is with --teacher MODEL, or train on the text alone "
-                "with --no-teacher"
-            ) from error
 
     def keep_fingerprint(self, original: Source | None) -> None:
         """Writes the fingerprint, or compares it with the one found; RunError names what has changed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -11,8 +13,10 @@ import torch
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.source import Source
 from bondsmith.recipe import Recipe
-from bondsmith.rundir import RunError
-from bondsmith.stages.plan import Plan
+from bondsmith.rundir import RunError, log
+from bondsmith.stages.estimate import memory_needed
+from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.stages.wording import size
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -53,3 +57,25 @@ def check_memory(source: Source, copies: int, purpose: str, remedy: str) -> None
         raise RunError(
             f"{purpose} needs the whole model in memory ({needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free): {remedy}"
         )
+
+
+def settled_metric(
+    shapes: Mapping[str, tuple[int, int, int]], tables: Sequence[MatrixPlan], recipe: Recipe, lost: str
+) -> str:
+    """Returns loss where a pass back through a block fits into memory, else input, with a warning that says what is `lost`.
+
+    RunError where it does not fit and the recipe asks for the loss metric, or for a tolerated loss.
+    """
+    sizes = {t.name: (t.out_features, t.in_features) for t in tables}
+    needed = memory_needed(shapes, sizes, recipe.changed(metric="loss"))
+    free = free_memory(device_of(recipe))
+    if needed <= free:
+        return "loss"
+    numbers = (
+        f"the loss metric needs {size(needed)} of memory, most of it for gradients of one block, {size(free)} are free"
+    )
+    if recipe.metric == "loss" or recipe.loss is not None:
+        raise RunError(f"{numbers}: free some, take a smaller --window, or --metric input, which needs no gradients")
+    log.warning("%s: going on with the input metric; %s", numbers, lost)
+    warnings.warn(f"{numbers}: going on with the input metric; {lost}", stacklevel=3)
+    return "input"

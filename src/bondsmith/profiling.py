@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.data import SELF, Windows, check_spec, read_windows, sample_windows, split_windows
+from bondsmith.limits import settled_metric
 from bondsmith.model.blocks import BlockRunner, matrices
 from bondsmith.model.source import (
     ModelError,
@@ -32,7 +33,6 @@ from bondsmith.model.source import (
     stored_names,
 )
 from bondsmith.recipe import Recipe
-from bondsmith.run import settled_metric
 from bondsmith.rundir import RunError
 from bondsmith.stages import describe, moment_files, moments
 from bondsmith.stages.layer_settings import LayerSettings as LayerSettings
@@ -175,12 +175,9 @@ class _Run:
             return s
         if before is not None and s.metric == "auto":
             return replace(s, metric=before.settings["metric"])
-        shapes, _ = model_shapes(self.runner)
-        tables = {t.name: (t.out_features, t.in_features) for t in table_plans(self.runner)}
         recipe = Recipe(keep=1.0, metric=s.metric, window=s.window, tokens=s.tokens, device=s.device)
-        return replace(
-            s, metric=settled_metric(shapes, tables, recipe, "networks then minimise the error of outputs, not nats")
-        )
+        lost = "networks then minimise the error of outputs, not nats"
+        return replace(s, metric=settled_metric(model_shapes(self.runner)[0], table_plans(self.runner), recipe, lost))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

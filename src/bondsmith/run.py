@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,14 +20,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from bondsmith.data import SELF, Windows, read_windows, sample_windows, split_windows
-from bondsmith.limits import check_memory, device_of, free_memory
+from bondsmith.limits import check_memory, device_of, settled_metric
 from bondsmith.model.blocks import BlockRunner, weight
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, open_source, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
 from bondsmith.stages import moment_files, moments
-from bondsmith.stages.estimate import gradient_windows, memory_needed
+from bondsmith.stages.estimate import gradient_windows
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
 from bondsmith.stages.fitting import LEAST_DAMPING
 from bondsmith.stages.job import Job
@@ -40,7 +39,6 @@ from bondsmith.stages.scaling import parts, probe_of, scaled
 from bondsmith.stages.shapes import model_shapes, table_plans
 from bondsmith.stages.streams import Stream
 from bondsmith.stages.uniform import uniform_plan
-from bondsmith.stages.wording import size
 
 Progress = Callable[[str, float], None]
 _BATCH_TOKENS = 2048
@@ -102,9 +100,8 @@ class Run:
         if known.is_file() and self.recipe.metric == "auto":
             self.recipe = self.recipe.changed(metric=yaml.safe_load(known.read_text())["metric"])
             return
-        tables = {t.name: (t.out_features, t.in_features) for t in opened.tables}
         lost = "plans then rank matrices by their relative errors, not by nats, and predict no loss"
-        self.recipe = self.recipe.changed(metric=settled_metric(opened.shapes, tables, self.recipe, lost))
+        self.recipe = self.recipe.changed(metric=settled_metric(opened.shapes, opened.tables, self.recipe, lost))
 
     def first_plan(self, opened: Opened) -> Plan:
         """Returns the plan if it needs no profile; otherwise, from the shapes alone, one that shows that the budgets can be met."""
@@ -385,24 +382,3 @@ def tokenizer_of(model: str | Path | PreTrainedModel, source: Source) -> Any:
     if isinstance(model, PreTrainedModel):
         return load_tokenizer(Path(str(model.name_or_path)))
     return load_tokenizer(source.path)
-
-
-def settled_metric(
-    shapes: Mapping[str, tuple[int, int, int]], tables: Mapping[str, tuple[int, int]], recipe: Recipe, lost: str
-) -> str:
-    """Returns loss where a pass back through a block fits into memory, else input, with a warning that says what is `lost`.
-
-    RunError where it does not fit and the recipe asks for the loss metric, or for a tolerated loss.
-    """
-    needed = memory_needed(shapes, tables, recipe.changed(metric="loss"))
-    free = free_memory(device_of(recipe))
-    if needed <= free:
-        return "loss"
-    numbers = (
-        f"the loss metric needs {size(needed)} of memory, most of it for gradients of one block, {size(free)} are free"
-    )
-    if recipe.metric == "loss" or recipe.loss is not None:
-        raise RunError(f"{numbers}: free some, take a smaller --window, or --metric input, which needs no gradients")
-    log.warning("%s: going on with the input metric; %s", numbers, lost)
-    warnings.warn(f"{numbers}: going on with the input metric; {lost}", stacklevel=3)
-    return "input"

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from bondsmith.stages.solver import InfeasibleError, Way, choose
+from bondsmith.stages.knapsack import Way
+from bondsmith.stages.solver import InfeasibleError, choose
 
 QUANTITIES = ("loss", "parameters", "bytes")
 

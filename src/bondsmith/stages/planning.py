@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
+from bondsmith.stages.knapsack import Way
 from bondsmith.stages.plan import HEADER_BYTES, MatrixPlan, Plan, PlanError
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Profile, Reduced, TableProfile
-from bondsmith.stages.solver import InfeasibleError, Way, choose
+from bondsmith.stages.solver import InfeasibleError, choose
 from bondsmith.stages.uniform import check_patterns
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import ROUND_TO, Sites

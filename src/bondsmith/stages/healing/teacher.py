@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bondsmith.model.checkpoint import write_json, write_shard
+from bondsmith.model.source import ModelError, Source, load_tokenizer, open_source
 from bondsmith.stages.healing.losses import TopK
 from bondsmith.stages.healing.samples import Windows
+from bondsmith.stages.healing.settings import HealError
 
 SHARD_WINDOWS = 16
 
@@ -116,3 +118,42 @@ class Cache:
 
     def _places(self, index: int) -> Tensor:
         return torch.arange(index * SHARD_WINDOWS, min((index + 1) * SHARD_WINDOWS, len(self.windows)))
+
+
+def original_of(small: Path) -> str:
+    """Returns what a compressed directory was made from; HealError where it does not say."""
+    results = small / "results.json"
+    if not results.is_file():
+        raise HealError(f"{small} does not say what it was made from: give --teacher MODEL or --no-teacher")
+    return str(json.loads(results.read_text())["model"]["name"])
+
+
+def open_original(name: str | Path, cache: Path) -> Source:
+    """Returns the original, opened; HealError says what to do where it cannot be."""
+    try:
+        return open_source(name, cache)
+    except ModelError as error:
+        raise HealError(
+            f"the original cannot be opened ({error}): say where it is with --teacher MODEL, or train on the text alone "
+            "with --no-teacher"
+        ) from error
+
+
+def check_vocabulary(name: str, original: Source, small: Source) -> None:
+    """Raises HealError unless both have as many words and, where both have a tokenizer, the same ones."""
+    words = [int(s.config.get_text_config().vocab_size) for s in (original, small)]
+    if words[0] != words[1]:
+        raise HealError(
+            f"{name} has a vocabulary of {words[0]} words, {small.path} one of {words[1]}: a teacher must have the "
+            "same tokenizer; give the original with --teacher, or --no-teacher"
+        )
+    try:
+        theirs, ours = (load_tokenizer(s.path).get_vocab() for s in (original, small))
+    except ModelError:  # one was written without
+        return
+    if theirs != ours:
+        word = next(w for w in {**ours, **theirs} if ours.get(w) != theirs.get(w))
+        raise HealError(
+            f"{name} has another vocabulary than {small.path}: {word!r} is word {theirs.get(word)} there, {ours.get(word)} "
+            "here; give the original with --teacher, or --no-teacher"
+        )

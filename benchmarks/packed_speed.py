@@ -1,0 +1,114 @@
+"""File, memory and speed of a model packed to few bits, against bfloat16, planned models and other packages; the `--speed` of `bits.py`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, PreTrainedModel
+
+from bondsmith.model.blocks import find_blocks, matrices, weight
+from bondsmith.model.hub import BondsmithConfig, attach, pack_embedding, packed_section
+from bondsmith.nn.packed import PackedEmbedding, PackedLinear, PackedMatrix
+from bondsmith.stages.speed import _decode, time_prefill
+from bondsmith.tensor.rounding import Grid, round_to_nearest
+
+
+def packed_model(model: PreTrainedModel, grid: Grid) -> PreTrainedModel:
+    """Returns a bfloat16 copy whose matrices, embedding and head are packed."""
+    other = copy.deepcopy(model)
+    path = find_blocks(other)
+    for name, matrix in [(n, m) for n, m in matrices(other).items() if n.startswith(path + ".")]:
+        rounded = round_to_nearest(weight(matrix).detach(), grid, search=False)
+        other.set_submodule(name, PackedLinear.from_rounded(rounded, getattr(matrix, "bias", None)))
+    for module in (other.get_input_embeddings(), other.get_output_embeddings()):
+        name = next((n for n, m in other.named_modules() if m is module), None)
+        if name is None or isinstance(other.get_submodule(name), PackedMatrix) or not hasattr(module, "weight"):
+            continue
+        rounded = round_to_nearest(module.weight.detach(), grid, search=False)
+        if isinstance(module, nn.Embedding):
+            packed = PackedEmbedding(module, grid)
+            packed.put(rounded)
+            pack_embedding(other, name, packed)
+        elif any(m is module for m in other.modules()):
+            other.set_submodule(name, PackedLinear.from_rounded(rounded, getattr(module, "bias", None)))
+    attach(other, BondsmithConfig(packed=packed_section(other)))
+    return other.to(torch.bfloat16)
+
+
+def contestants(
+    model: PreTrainedModel, options: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, PreTrainedModel, int | None]]:
+    """Yields name, model in bfloat16 as `from_pretrained` gives it, and bytes of its weight files (None where none were written).
+
+    First the original, then its matrices packed as the recipes do, then `--models`, then what other packages make of it.
+    """
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    low.save_pretrained(folder / "bfloat16")
+    grids = {f"int{bits}, group {options.group}": Grid(bits, options.group, symmetric=False) for bits in (4, 3, 2)}
+    for name, grid in {"int8, per row": Grid(8, 0), **grids}.items():
+        packed_model(model, grid).save_pretrained(folder / name)
+    places = {name: folder / name for name in ("bfloat16", "int8, per row", *grids)}
+    for name, place in {**places, **{m.name: m for m in options.models}}.items():
+        size = sum(f.stat().st_size for f in place.glob("*.safetensors"))
+        yield name, AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16), size
+    for name, config in {
+        "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "bitsandbytes NF4": lambda: BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+        "HQQ int4": lambda: HqqConfig(nbits=4, group_size=options.group),
+    }.items():
+        try:
+            other = AutoModelForCausalLM.from_pretrained(
+                options.model, quantization_config=config(), dtype=torch.bfloat16, device_map="cpu"
+            )
+        except (ImportError, RuntimeError, ValueError, TypeError) as error:
+            print(f"{name}: left out, {str(error).splitlines()[0]}", flush=True)
+            continue
+        yield name, other, None
+
+
+def speeds(model: PreTrainedModel, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Returns file bytes, resident bytes and speeds of all contestants, timed in alternation; medians, and ratios to the first."""
+    found = list(contestants(model, options, folder))
+    gc.collect()
+    ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in found}
+    with torch.no_grad():
+        for _, other, _ in found:
+            _decode(other, ids[:, :16], 2)
+        for _ in range(options.rounds):
+            for name, other, _ in found:
+                times[name].append((time_prefill(other, ids), _decode(other, ids[:, :64], 16)))
+    first = times[found[0][0]]
+    rows = []
+    for name, other, size in found:
+        tensors = {t.data_ptr(): t.nbytes for t in (*other.parameters(), *other.buffers()) if t.numel()}
+        row: dict[str, Any] = {"model": name, "file": size, "resident": sum(tensors.values())}
+        for i, (kind, tokens) in enumerate((("prefill", 256), ("decode", 16))):
+            row[kind] = tokens / statistics.median(pair[i] for pair in times[name])
+            row[f"{kind}_ratio"] = statistics.median(a[i] / b[i] for a, b in zip(first, times[name], strict=True))
+        rows.append(row)
+    return rows
+
+
+def show_speeds(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        "bfloat16 activations", "file MB", "resident MB", "prefill, tokens/s", "decode, tokens/s", "of bfloat16"
+    )
+    for row in rows:
+        file = "" if row["file"] is None else f"{row['file'] / 1e6:.1f}"
+        ratios = f"{row['prefill_ratio']:.2f}, {row['decode_ratio']:.2f}"
+        cells = (file, f"{row['resident'] / 1e6:.1f}", f"{row['prefill']:.0f}", f"{row['decode']:.1f}", ratios)
+        table.add_row(row["model"], *cells)
+    Console(width=120).print(table)
