@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from bondsmith.model.blocks import find_blocks, matrices, weight
 from bondsmith.model.hub import BondsmithConfig, attach, pack_embedding, packed_section
@@ -45,6 +45,30 @@ def packed_model(model: PreTrainedModel, grid: Grid) -> PreTrainedModel:
     return other.to(torch.bfloat16)
 
 
+def hqq_model(model: PreTrainedModel, group: int) -> PreTrainedModel:
+    """Returns a bfloat16 copy whose matrices are HQQ's own four-bit modules; embedding and head stay as they are."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    other = copy.deepcopy(model).to(torch.bfloat16)
+    path = find_blocks(other)
+    for name, matrix in [(n, m) for n, m in matrices(other).items() if n.startswith(path + ".")]:
+        config = BaseQuantizeConfig(nbits=4, group_size=group)
+        other.set_submodule(name, HQQLinear(matrix, config, compute_dtype=torch.bfloat16, device="cpu"))
+    return other
+
+
+def resident_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes of all tensors that a model keeps, also of those that other packages keep beside parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        meta = getattr(module, "meta", None)  # HQQ: scales and zeros
+        beside = [*meta.values()] if isinstance(meta, dict) else []
+        beside += [getattr(getattr(weight, "quant_state", None), "absmax", None), getattr(weight, "SCB", None)]
+        tensors += [t for t in (*beside, getattr(module, "W_q", None)) if isinstance(t, torch.Tensor)]
+    return sum({t.data_ptr(): t.nbytes for t in tensors if t.numel()}.values())
+
+
 def contestants(
     model: PreTrainedModel, options: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, PreTrainedModel, int | None]]:
@@ -61,17 +85,21 @@ def contestants(
     for name, place in {**places, **{m.name: m for m in options.models}}.items():
         size = sum(f.stat().st_size for f in place.glob("*.safetensors"))
         yield name, AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16), size
-    for name, config in {
-        "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-        "bitsandbytes NF4": lambda: BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        ),
-        "HQQ int4": lambda: HqqConfig(nbits=4, group_size=options.group),
+
+    def bitsandbytes(**settings: Any) -> PreTrainedModel:
+        config = BitsAndBytesConfig(**settings)
+        return AutoModelForCausalLM.from_pretrained(
+            options.model, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    for name, make in {
+        "bitsandbytes int8": lambda: bitsandbytes(load_in_8bit=True),
+        "bitsandbytes NF4": lambda: bitsandbytes(**nf4),
+        "HQQ int4": lambda: hqq_model(model, options.group),
     }.items():
         try:
-            other = AutoModelForCausalLM.from_pretrained(
-                options.model, quantization_config=config(), dtype=torch.bfloat16, device_map="cpu"
-            )
+            other = make()
         except (ImportError, RuntimeError, ValueError, TypeError) as error:
             print(f"{name}: left out, {str(error).splitlines()[0]}", flush=True)
             continue
@@ -93,8 +121,7 @@ def speeds(model: PreTrainedModel, options: argparse.Namespace, folder: Path) ->
     first = times[found[0][0]]
     rows = []
     for name, other, size in found:
-        tensors = {t.data_ptr(): t.nbytes for t in (*other.parameters(), *other.buffers()) if t.numel()}
-        row: dict[str, Any] = {"model": name, "file": size, "resident": sum(tensors.values())}
+        row: dict[str, Any] = {"model": name, "file": size, "resident": resident_bytes(other)}
         for i, (kind, tokens) in enumerate((("prefill", 256), ("decode", 16))):
             row[kind] = tokens / statistics.median(pair[i] for pair in times[name])
             row[f"{kind}_ratio"] = statistics.median(a[i] / b[i] for a, b in zip(first, times[name], strict=True))

@@ -84,6 +84,20 @@ def test_the_int4_kernel_is_used_where_there_is_one_and_its_order_is_undone() ->
         assert torch.equal(copy.deepcopy(packed)(many), again(many))
 
 
+@pytest.mark.parametrize("grid", [Grid(4, 64, symmetric=False), Grid(8, 0), Grid(3, 32)], ids=str)
+def test_processors_without_a_bfloat16_gemm_multiply_in_float32(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = layer(grid), torch.randn(100, 192, dtype=torch.bfloat16)
+    expected = F.linear(x.float(), packed.to_matrix())
+    errors = {}
+    for there in (True, False):
+        monkeypatch.setattr(kernels, "_has_gemm", lambda dtype, there=there: there or dtype == torch.float32)
+        with torch.no_grad():
+            y = packed.multiply(x)
+        assert y.dtype == torch.bfloat16
+        errors[there] = float((y.float() - expected).norm() / expected.norm())
+    assert errors[False] <= errors[True] < 0.01
+
+
 def shuffled(order: torch.Tensor, rows: int, columns: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A conversion that lays the codes of every tile in `order`, tile after tile."""
 

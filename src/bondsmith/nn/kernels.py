@@ -17,7 +17,23 @@ from bondsmith.tensor.rounding import Grid, packed_levels
 # Up to here the kernels beat unpacking the matrix for one bfloat16 GEMM: they hardly gain from more tokens.
 INT8_UP_TO = 40
 INT4_UP_TO = 48
+CHUNK = 2**18  # numbers of a matrix that are unpacked at a time
 _INT4_GROUPS = (32, 64, 128, 256)
+
+
+def gemm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype for the product of `x` with an unpacked matrix: its own, or float32 where a CPU has no GEMM of 16 bits."""
+    return torch.float32 if x.device.type == "cpu" and not _has_gemm(x.dtype) else x.dtype
+
+
+@cache
+def _has_gemm(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype here; without it torch's own loops take 4 to 100 times as long as float32."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    try:
+        return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def has_int8(grid: Grid, out_features: int, in_features: int) -> bool:
@@ -47,9 +63,10 @@ def int8_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 def int4_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
     """`(T, O)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`."""
-    half = scales.to(torch.float32)
-    zero = half * (8 - grid.offset) if minima is None else half * 8 + minima
-    both = torch.stack((half, zero), -1).to(torch.bfloat16).transpose(0, 1).contiguous()
+    wide = scales.float()
+    zero = wide * (8 - grid.offset) if minima is None else torch.add(minima.float(), wide, alpha=8)
+    both = torch.empty(*scales.T.shape, 2, dtype=torch.bfloat16)  # filled in place: a third of the time of stacking
+    both[..., 0], both[..., 1] = wide.T, zero.T
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ordered.view(scales.shape[0], -1), grid.group, both)
 
 
@@ -72,23 +89,35 @@ def from_int4_order(ordered: Tensor) -> Tensor:
 
 
 def int4_unpacked_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
-    """`(T, O)` from codes in the kernel's order: the matrix is unpacked once for one bfloat16 GEMM.
+    """`(T, O)` from codes in the kernel's order: some blocks at a time are unpacked for a GEMM.
 
     Each byte holds two rows half a block apart, so the outputs of the GEMM come in pairs, and are put in order after it.
     """
-    half, (rows, columns) = int4_block() // 2, (ordered.shape[0], 2 * ordered.shape[1])
-    blocks, groups = rows // (2 * half), columns // grid.group
+    block, (rows, columns), wide = int4_block(), (ordered.shape[0], 2 * ordered.shape[1]), x.to(gemm_dtype(x))
+    step = max(1, CHUNK // (columns * block)) * block
+    y = x.new_empty(x.shape[0], rows)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        matrix = _columns(ordered[part], grid, scales[part], None if minima is None else minima[part], wide.dtype)
+        pairs = (wide @ matrix).view(len(x), -1, block // 2, 2)
+        y[:, part] = pairs.transpose(2, 3).reshape(len(x), -1)
+    return y
 
-    def pairs(values: Tensor) -> Tensor:  # (O, G) as (blocks, G, 1, 2 half)
-        return values.float().view(blocks, 2, half, groups).permute(0, 3, 2, 1).reshape(blocks, groups, 1, 2 * half)
 
-    matrix = packed_levels(grid, ordered, columns).view(blocks, groups, grid.group, 2 * half) * pairs(scales)
+def _columns(ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The matrix of whole blocks as `(I, rows)`, rows in the order in which the bytes hold them."""
+    block, (rows, columns) = int4_block(), (ordered.shape[0], 2 * ordered.shape[1])
+    blocks, groups = rows // block, columns // grid.group
+
+    def pairs(values: Tensor) -> Tensor:  # (rows, G) as (blocks, G, 1, block)
+        return values.float().view(blocks, 2, block // 2, groups).permute(0, 3, 2, 1).reshape(blocks, groups, 1, block)
+
+    matrix = packed_levels(grid, ordered, columns).view(blocks, groups, grid.group, block) * pairs(scales)
     if minima is not None:
         matrix = matrix + pairs(minima)
-    by_column = torch.empty(columns, blocks, 2 * half, dtype=x.dtype)
-    by_column.copy_(matrix.view(blocks, columns, 2 * half).transpose(0, 1))
-    y = x @ by_column.view(columns, rows)
-    return y.view(-1, blocks, half, 2).transpose(2, 3).reshape(-1, rows)
+    by_column = torch.empty(columns, blocks, block, dtype=dtype)
+    by_column.copy_(matrix.view(blocks, columns, block).transpose(0, 1))
+    return by_column.view(columns, rows)
 
 
 def rows_from_int4_order(ordered: Tensor, rows: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from bondsmith.nn.kernels import gemm_dtype
 from bondsmith.nn.packed import PackedLinear
 from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
 from bondsmith.tensor.gauge import left_factor, pivot
@@ -130,14 +131,15 @@ class MPOLinear(nn.Module):
     def to_matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """The `(O, I)` matrix, differentiable in the cores, with whatever adapters they carry; packed cores in `dtype`."""
         weights = [_weight_of(core, dtype) for core in self.cores]
+        wide = gemm_dtype(weights[-1])
         if self._is_cut:
             left = weights[0] if self.pivots is None else left_factor(weights[0], self.pivots)
-            matrix: Tensor = left @ weights[1]
-            return matrix
+            matrix: Tensor = left.to(wide) @ weights[1].to(wide)
+            return matrix.to(weights[1].dtype)
         cores = self._pivoted_cores(dtype) if self.pivots is not None else []
         for k in range(len(cores), self.sites.n):
             cores.append(weight_to_core(weights[k], self._shapes[k], self._from_right))
-        return fold(cores)
+        return fold([core.to(wide) for core in cores]).to(weights[-1].dtype)
 
     @torch.no_grad()
     def to_mpo(self) -> MPO:

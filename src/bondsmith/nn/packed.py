@@ -21,8 +21,6 @@ from bondsmith.nn import cuda_int4, kernels
 from bondsmith.tensor.packing import row_bytes
 from bondsmith.tensor.rounding import Grid, Rounded, packed_levels, scaled
 
-_CHUNK = 2**18  # numbers of a matrix that are unpacked at a time
-
 
 class PackedMatrix(nn.Module):
     """A rounded `(O, I)` matrix as buffers `codes`, `scales`, `minima`; zeros until it is filled."""
@@ -133,12 +131,12 @@ class PackedMatrix(nn.Module):
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
             self._bring_into("cuda", cuda_int4.to_order)
             return cuda_int4.matmul(x.contiguous(), self.codes, self.grid, self.scales, self.minima)
-        y = x.new_empty(x.shape[0], self.rows)
-        codes, step = self.packed_codes(), max(1, _CHUNK // self.columns)
+        y, wide = x.new_empty(x.shape[0], self.rows), x.to(kernels.gemm_dtype(x))
+        codes, step = self.packed_codes(), max(1, kernels.CHUNK // self.columns)
         for first in range(0, self.rows, step):
             part = slice(first, first + step)
             minima = None if self.minima is None else self.minima[part]
-            y[:, part] = x @ self._rows(codes[part], self.scales[part], minima, x.dtype).T
+            y[:, part] = wide @ self._rows(codes[part], self.scales[part], minima, wide.dtype).T
         return y
 
     def _multiply_int4(self, x: Tensor) -> Tensor:
@@ -169,11 +167,13 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         (gradient,), matrix = gradients, ctx.matrix
-        dx = gradient @ matrix.to_matrix(gradient.dtype).detach() if ctx.needs_input_grad[0] else None
+        dx, wide = None, gradient.to(kernels.gemm_dtype(gradient))
+        if ctx.needs_input_grad[0]:
+            dx = (wide @ matrix.to_matrix(wide.dtype).detach()).to(gradient.dtype)
         (x,) = ctx.saved_tensors
         if x is None:
             return dx, None, None, None
-        dW = gradient.reshape(-1, matrix.rows).T @ x.reshape(-1, matrix.columns)
+        dW = wide.reshape(-1, matrix.rows).T @ x.reshape(-1, matrix.columns).to(wide.dtype)
         with torch.enable_grad():
             leaves = [
                 None if t is None else t.detach().float().requires_grad_() for t in (matrix.scales, matrix.minima)
