@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo test check lint maths clean
@@ -10,10 +11,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -23,7 +24,7 @@ lint: $(VENV)/.installed
 # The mathematics alone: types without any relaxation, tests, coverage.
 maths: $(VENV)/.installed
 	$(BIN)/mypy --config-file /dev/null --strict src/bondsmith/tensor
-	$(BIN)/python -m pytest tests/tensor tests/nn --cov=src/bondsmith/tensor --cov=src/bondsmith/nn --cov-report=term --cov-fail-under=95
+	$(PYTEST) tests/tensor tests/nn --cov=src/bondsmith/tensor --cov=src/bondsmith/nn --cov-report=term --cov-fail-under=95
 
 clean:
 	rm -rf $(VENV) demo-output demo-data .pytest_cache .ruff_cache .mypy_cache

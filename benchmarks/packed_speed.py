@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from bondsmith.model.blocks import find_blocks, matrices, weight
-from bondsmith.model.hub import BondsmithConfig, attach, pack_embedding, packed_section
+from bondsmith.model.hub import BondsmithConfig, attach, load, pack_embedding, packed_section
 from bondsmith.nn.packed import PackedEmbedding, PackedLinear, PackedMatrix
 from bondsmith.stages.speed import _decode, time_prefill
 from bondsmith.tensor.rounding import Grid, round_to_nearest
@@ -84,7 +84,9 @@ def contestants(
     places = {name: folder / name for name in ("bfloat16", "int8, per row", *grids)}
     for name, place in {**places, **{m.name: m for m in options.models}}.items():
         size = sum(f.stat().st_size for f in place.glob("*.safetensors"))
-        yield name, AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16), size
+        yield name, load(place, dtype=torch.bfloat16), size
+        if place in options.models:
+            yield f"{name}, widened", load(place, widen=True, dtype=torch.bfloat16), size
 
     def bitsandbytes(**settings: Any) -> PreTrainedModel:
         config = BitsAndBytesConfig(**settings)

@@ -78,12 +78,12 @@ def test_fitting_to_what_layers_see_beats_plain_svd_by_far(source: Source, windo
     lost = {}
     for name, settings in {
         "plain": {"metric": "frobenius", "sites": "interleaved:3"},
-        "fitted": {"metric": "loss", "tokens": 4096, "window": 128},
+        "fitted": {"metric": "loss", "uniform": True, "tokens": 4096, "window": 128},  # a plan takes ten minutes more
     }.items():
         done = bondsmith.compress(source.path, tmp_path / name, keep=0.8, evaluate=False, **settings)
         row = compare(source, open_compressed(tmp_path / name), [windows], torch.device("cpu"))[0]
         lost[name] = row["nats_lost"]
         assert 0.75 < done.results["size"]["compressed"]["matrix_parameters"] / 106168320 <= 0.8
-    assert lost["fitted"] < 0.4 * lost["plain"], lost  # with 64k tokens it is 0.05, see docs/decisions.md
+    assert lost["fitted"] < 0.4 * lost["plain"], lost  # a plan from 64k tokens: 0.015, see docs/decisions.md
     answer = bondsmith.load(tmp_path / "fitted").generate(windows.ids[:, :20], max_new_tokens=8, do_sample=False)
     assert answer.shape == (1, 28)

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from bondsmith.nn import cuda_int4, kernels
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, widen
 from bondsmith.tensor.fit import sequential_svd
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 from bondsmith.tensor.sites import parse_sites
@@ -61,6 +61,29 @@ def test_memory_is_that_of_the_packed_matrix(grid: Grid) -> None:
     tensors = [v for v in vars(packed).values() if isinstance(v, torch.Tensor)]
     held = sum(t.nbytes for t in [*packed.parameters(), *packed.buffers(), *tensors])
     assert held == grid.packed_bytes(128, 192)
+    kept = packed._kept  # the int8 kernel's scales, two bytes a row
+    assert kept is None or (grid == Grid(8, 0) and kept[2].nbytes == 2 * 128)
+
+
+def test_scales_that_change_reach_the_kernels() -> None:
+    for grid in (Grid(8, 0), Grid(4, 64, symmetric=False)):
+        packed, x = layer(grid, bias=False), torch.randn(1, 192, dtype=torch.bfloat16)
+        with torch.no_grad():
+            once = packed(x)
+            packed.scales.mul_(2)
+            if packed.minima is not None:
+                packed.minima.mul_(2)
+            assert torch.allclose(packed(x), 2 * once, rtol=0.02, atol=0.05)
+        saved = io.BytesIO()
+        state = {name: t.clone() for name, t in packed.state_dict().items()}
+        torch.save(packed.state_dict(), saved)
+        assert all(t.is_contiguous() for t in packed.state_dict().values())
+        assert len({t.untyped_storage().data_ptr() for t in packed.state_dict().values()}) == len(state)
+        other = layer(grid, bias=False)
+        with torch.no_grad():
+            other(x)
+            other.load_state_dict(state)
+            assert torch.equal(other(x), packed(x))
 
 
 def test_the_int4_kernel_is_used_where_there_is_one_and_its_order_is_undone() -> None:
@@ -90,7 +113,7 @@ def test_processors_without_a_bfloat16_gemm_multiply_in_float32(grid: Grid, monk
     expected = F.linear(x.float(), packed.to_matrix())
     errors = {}
     for there in (True, False):
-        monkeypatch.setattr(kernels, "_has_gemm", lambda dtype, there=there: there or dtype == torch.float32)
+        monkeypatch.setattr(kernels, "_SLOW", set() if there else {torch.bfloat16})
         with torch.no_grad():
             y = packed.multiply(x)
         assert y.dtype == torch.bfloat16
@@ -323,3 +346,44 @@ def test_weights_and_activations_may_start_anywhere_in_memory(grid: Grid) -> Non
                 y = packed(x).float()
             expected = x.float() @ rounded.dequantize().T
             assert (y - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 32), Grid(3, 64), Grid(2, 64, symmetric=False), Grid(3, 32, symmetric=False)])
+def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid: Grid) -> None:
+    packed, x = layer(grid, bias=False), torch.randn(100, 192)
+    codes, expected = packed.codes.clone(), F.linear(x, packed.to_matrix())
+    if not kernels.int4_block():
+        assert not packed.widen()
+        return
+    with torch.no_grad():
+        assert packed.widen()
+        assert packed.codes.nbytes == 128 * 96  # four bits
+        assert torch.equal(packed.packed_codes(), codes)
+        assert torch.equal(packed.state_dict()["codes"], codes)
+        assert torch.allclose(packed(x), expected, atol=1e-4)
+        for tokens in (1, 100):
+            low = packed(x[:tokens].bfloat16()).float()
+            assert (low - expected[:tokens]).norm() < 0.01 * expected[:tokens].norm()
+    x.requires_grad_()
+    packed(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad[0], packed.to_matrix().sum(0), atol=1e-3)
+
+
+def test_what_no_kernel_takes_is_not_widened() -> None:
+    model = nn.ModuleList(
+        [layer(Grid(3, 40)), layer(Grid(3, 64), rows=100), layer(Grid(8, 0)), layer(Grid(4, 64)), layer(Grid(2, 64))]
+    )
+    narrow = [m.codes.nbytes for m in model]
+    assert widen(model) == (128 * 48 if kernels.int4_block() else 0)
+    assert [m.codes.nbytes for m in model][:4] == narrow[:4]
+
+
+def test_rows_of_a_widened_embedding_are_the_same() -> None:
+    plain = nn.Embedding(128, 192)
+    embedding = PackedEmbedding(plain, Grid(3, 64))
+    embedding.put(round_to_nearest(plain.weight.detach(), Grid(3, 64)))
+    ids = torch.tensor([[0, 5, 127, 64]])
+    before = embedding(ids)
+    embedding.widen()
+    assert torch.equal(embedding(ids), before)

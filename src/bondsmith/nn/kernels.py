@@ -23,17 +23,19 @@ _INT4_GROUPS = (32, 64, 128, 256)
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
     """The dtype for the product of `x` with an unpacked matrix: its own, or float32 where a CPU has no GEMM of 16 bits."""
-    return torch.float32 if x.device.type == "cpu" and not _has_gemm(x.dtype) else x.dtype
+    return torch.float32 if x.device.type == "cpu" and x.dtype in _SLOW else x.dtype
 
 
-@cache
-def _has_gemm(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this dtype here; without it torch's own loops take 4 to 100 times as long as float32."""
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+def _has_gemm(asked: str) -> bool:
     try:
-        return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())
+        return bool(getattr(torch.ops.mkldnn, asked)())
     except (AttributeError, RuntimeError):
         return False
+
+
+_ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+# What oneDNN does not multiply on this processor: torch's own loops take 4 to 100 times as long as float32.
+_SLOW = {dtype for dtype, asked in _ASKED.items() if not _has_gemm(asked)}
 
 
 def has_int8(grid: Grid, out_features: int, in_features: int) -> bool:
@@ -56,18 +58,40 @@ def is_aligned(tensor: Tensor) -> bool:
 
 
 def int8_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """`(T, O)` from `(T, I)` bfloat16 activations and bytes `(O, I)`, which are signed integers as they lie."""
+    """`(T, O)` from `(T, I)` bfloat16 activations, bytes `(O, I)`, which are signed integers as they lie, and bfloat16 scales `(O,)`."""
     x = x.contiguous() if is_aligned(x) or not x.is_contiguous() else x.clone()
-    return torch.ops.aten._weight_int8pack_mm(x, packed.view(torch.int8), scales[:, 0].to(torch.bfloat16))
+    return torch.ops.aten._weight_int8pack_mm(x, packed.view(torch.int8), scales)
 
 
 def int4_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
     """`(T, O)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`."""
+    pairs = _scale_pairs(scales, minima, grid.offset)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ordered.view(scales.shape[0], -1), grid.group, pairs)
+
+
+def side_by_side(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
+    """The same `(O, G)` tensors as views of one that lies as the int4 kernel reads them: `(G, O, 2)`."""
+    pairs = torch.stack((scales.T, minima.T), -1)
+    return pairs[..., 0].T, pairs[..., 1].T
+
+
+def _scale_pairs(scales: Tensor, minima: Tensor | None, offset: float) -> Tensor:
+    """What the int4 kernel multiplies by and adds, `(G, O, 2)`; made in place, every operation counts when one token is decoded."""
+    rows, groups = scales.shape
+    if minima is not None and _lie_side_by_side(scales, minima):
+        pairs = scales.as_strided((groups, rows, 2), (2 * rows, 2, 1)).float()
+        pairs[..., 1].add_(pairs[..., 0], alpha=8)
+        return pairs.to(torch.bfloat16)
     wide = scales.float()
-    zero = wide * (8 - grid.offset) if minima is None else torch.add(minima.float(), wide, alpha=8)
-    both = torch.empty(*scales.T.shape, 2, dtype=torch.bfloat16)  # filled in place: a third of the time of stacking
+    zero = wide * (8 - offset) if minima is None else torch.add(minima.float(), wide, alpha=8)
+    both = torch.empty(groups, rows, 2, dtype=torch.bfloat16)
     both[..., 0], both[..., 1] = wide.T, zero.T
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ordered.view(scales.shape[0], -1), grid.group, both)
+    return both
+
+
+def _lie_side_by_side(scales: Tensor, minima: Tensor) -> bool:
+    as_pairs = scales.stride() == minima.stride() == (2, 2 * scales.shape[0])
+    return as_pairs and minima.data_ptr() == scales.data_ptr() + scales.element_size()
 
 
 def to_int4_order(packed: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bondsmith.nn import cuda_int4, kernels
-from bondsmith.tensor.packing import row_bytes
+from bondsmith.tensor.packing import pack, row_bytes, unpack
 from bondsmith.tensor.rounding import Grid, Rounded, packed_levels, scaled
 
 
@@ -32,6 +33,7 @@ class PackedMatrix(nn.Module):
     def __init__(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.grid, self.rows, self.columns = grid, rows, columns
+        self._wide_grid = replace(grid, bits=4)  # of the int4 kernel
         groups = (rows, grid.groups(columns))
         self.register_buffer(
             "codes", torch.zeros(rows, row_bytes(columns, grid.bits), dtype=torch.uint8, device=device)
@@ -39,7 +41,8 @@ class PackedMatrix(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, dtype=torch.float16, device=device))
         minima = None if grid.symmetric else torch.zeros(groups, dtype=torch.float16, device=device)
         self.register_buffer("minima", minima)
-        self._order: str | None = None  # "cpu", "cuda": `codes` lie in the order of that int4 kernel
+        self._kept: tuple[Tensor, int | None, Tensor] | None = None  # scales, their version, the same in bfloat16
+        self._order: str | None = None  # "cpu", "cuda": `codes`, as four bits, lie in the order of that int4 kernel
 
     def put(self, rounded: Rounded) -> None:
         """Takes the codes, scales and minima of a rounded matrix; ValueError if it has another shape or grid."""
@@ -58,19 +61,46 @@ class PackedMatrix(nn.Module):
     def _packed_rows(self, rows: Tensor) -> Tensor:
         if self._order is None:
             return self.codes[rows]
-        own = cuda_int4.rows_from_order if self._order == "cuda" else kernels.rows_from_int4_order
-        return own(self.codes, rows)
+        if self._order == "cuda":
+            return cuda_int4.rows_from_order(self.codes, rows)
+        return self._narrow(kernels.rows_from_int4_order(self.codes, rows))
 
     def packed_codes(self) -> Tensor:
         """The packed bytes in the order of the file format."""
         if self._order is None:
             return self.codes
-        return cuda_int4.from_order(self.codes) if self._order == "cuda" else kernels.from_int4_order(self.codes)
+        if self._order == "cuda":
+            return cuda_int4.from_order(self.codes)
+        return self._narrow(kernels.from_int4_order(self.codes))
+
+    def widen(self) -> bool:
+        """Keeps codes of two and three bits as four, for torch's int4 kernel; returns whether it takes such a matrix.
+
+        Weights stay what they are, to the bit, and so does what is saved; memory is that of four bits.
+        """
+        if self.grid.bits not in (2, 3) or self.codes.device.type != "cpu":
+            return False
+        if kernels.has_int4(self._wide_grid, self.rows, self.columns):
+            self._bring_into("cpu", lambda packed: kernels.to_int4_order(self._wide(packed)))
+        return self._order == "cpu"
+
+    def _wide(self, packed: Tensor) -> Tensor:
+        """Packed rows with codes of four bits for the same levels."""
+        return pack(unpack(packed, self.grid.bits, self.columns) + self._shift, 4)
+
+    def _narrow(self, packed: Tensor) -> Tensor:
+        """The inverse of `_wide`; rows of four bits as they are."""
+        return packed if self.grid.bits == 4 else pack(unpack(packed, 4, self.columns) - self._shift, self.grid.bits)
+
+    @property
+    def _shift(self) -> int:
+        return int(self._wide_grid.offset - self.grid.offset)
 
     def to_rounded(self) -> Rounded:
         """The rounded matrix."""
-        half = self.scales.detach().half(), None if self.minima is None else self.minima.detach().half()
-        return Rounded.unpack(self.grid, self.columns, self.packed_codes(), *half)
+        scales = self.scales.detach().half().contiguous()
+        minima = None if self.minima is None else self.minima.detach().half().contiguous()
+        return Rounded.unpack(self.grid, self.columns, self.packed_codes(), scales, minima)
 
     def to_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The `(O, I)` matrix, differentiable in scales and minima."""
@@ -105,6 +135,9 @@ class PackedMatrix(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._order:
             destination[prefix + "codes"] = self.packed_codes()
+        for key in (prefix + "scales", prefix + "minima"):
+            if key in destination:
+                destination[key] = destination[key].contiguous()  # they may be views of one tensor
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.codes = self.packed_codes()
@@ -119,15 +152,16 @@ class PackedMatrix(nn.Module):
         return self._multiply_flat(flat).view(*x.shape[:-1], self.rows)
 
     def _multiply_flat(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            few = x.shape[0] <= kernels.INT8_UP_TO
+        low = x.dtype == torch.bfloat16
+        if x.device.type == "cpu":
+            few = low and x.shape[0] <= kernels.INT8_UP_TO
             if few and kernels.has_int8(self.grid, self.rows, self.columns):
                 if not kernels.is_aligned(self.codes):  # as read from a file
                     self.codes = self.codes.clone()
-                return kernels.int8_matmul(x, self.codes, self.scales)
-            if kernels.has_int4(self.grid, self.rows, self.columns):
+                return kernels.int8_matmul(x, self.codes, self._row_scales())
+            if self._order == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
                 return self._multiply_int4(x.contiguous())
-        few = x.dtype == torch.bfloat16 and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
+        few = low and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
             self._bring_into("cuda", cuda_int4.to_order)
             return cuda_int4.matmul(x.contiguous(), self.codes, self.grid, self.scales, self.minima)
@@ -139,17 +173,28 @@ class PackedMatrix(nn.Module):
             y[:, part] = wide @ self._rows(codes[part], self.scales[part], minima, wide.dtype).T
         return y
 
+    def _row_scales(self) -> Tensor:
+        """The scales of rows in bfloat16, made again when others are put or trained: making them costs a third of a product."""
+        scales, kept = self.scales, self._kept
+        version = None if scales.is_inference() else scales._version
+        if kept is None or kept[0] is not scales or kept[1] != version or version is None:
+            kept = self._kept = (scales, version, scales[:, 0].detach().to(torch.bfloat16))
+        return kept[2]
+
     def _multiply_int4(self, x: Tensor) -> Tensor:
         self._bring_into("cpu", kernels.to_int4_order)
-        if x.shape[0] <= kernels.INT4_UP_TO:
-            return kernels.int4_matmul(x, self.codes, self.grid, self.scales, self.minima)
-        return kernels.int4_unpacked_matmul(x, self.codes, self.grid, self.scales, self.minima)
+        few = x.dtype == torch.bfloat16 and x.shape[0] <= kernels.INT4_UP_TO
+        multiply = kernels.int4_matmul if few else kernels.int4_unpacked_matmul
+        return multiply(x, self.codes, self._wide_grid, self.scales, self.minima)
 
     def _bring_into(self, order: str, convert: Callable[[Tensor], Tensor]) -> None:
-        """Has the codes in the order of a kernel."""
-        if self._order != order:
-            self.codes = convert(self.packed_codes())
-            self._order = order
+        """Has the codes, on a CPU scales and minima too, in the order of a kernel."""
+        if self._order == order:
+            return
+        self.codes = convert(self.packed_codes())
+        self._order = order
+        if order == "cpu" and self.minima is not None and not isinstance(self.minima, nn.Parameter):
+            self.scales, self.minima = kernels.side_by_side(self.scales, self.minima)
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns}, {self.grid}"
@@ -301,6 +346,20 @@ class PackedHead(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def widen(model: nn.Module) -> int:
+    """Does `PackedMatrix.widen` for every packed module; returns by how many bytes the model grew in memory.
+
+    Torch has CPU kernels for four bits only. Without them every token unpacks the whole model; see docs/bits.md for what it gives.
+    """
+    grown = 0
+    for module in model.modules():
+        if isinstance(module, PackedMatrix):
+            before = module.codes.nbytes
+            module.widen()
+            grown += module.codes.nbytes - before
+    return grown
+
+
 def train_scales(model: nn.Module, mode: bool = True) -> None:
     """Does `PackedMatrix.train_scales` for every packed module of a model or block."""
     for module in model.modules():
@@ -326,5 +385,5 @@ def saved_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if isinstance(packed, PackedMatrix):
             prefix = f"{name}." if name else ""
             kept = {leaf: getattr(packed, leaf) for leaf in ("scales", "minima")}
-            state |= {prefix + leaf: t.detach().half() for leaf, t in kept.items() if t is not None}
+            state |= {prefix + leaf: t.detach().half().contiguous() for leaf, t in kept.items() if t is not None}
     return state
