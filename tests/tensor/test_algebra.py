@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from network_strategies import mpos
 
+from bondsmith.nn import MPOLinear
 from bondsmith.tensor import MPO, Sites, algebra, sequential_svd
 from bondsmith.tensor.fit import interleave
 
@@ -202,3 +203,13 @@ def test_errors():
         algebra.regauge(mpo, 0, torch.eye(2))
     with pytest.raises(ValueError, match=r"singular \(rank 1 of 3\)"):
         algebra.regauge(mpo, 0, torch.ones(3, 3))
+
+
+def test_bonds_past_the_exact_ones_are_cut_down_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    mpo = sequential_svd(torch.randn(6, 6), Sites((2, 3), (2, 3)), 4)
+    with caplog.at_level("INFO", logger="bondsmith"):
+        assert algebra.truncate(mpo, 99).mpo.bonds == (4,)
+        assert MPOLinear(mpo.sites, 99, bias=False).bonds == (4,)
+    assert [record.getMessage() for record in caplog.records] == [
+        "sites (2,2)(3,3) are exact at bonds (4,): bonds 99 are cut down to these"
+    ] * 2

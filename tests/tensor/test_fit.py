@@ -80,7 +80,7 @@ def test_whitened_cut_is_the_exact_minimiser(shape, with_input, with_output):
     best = torch.linalg.solve(root_b, u[:, :5] * s[:5]) @ torch.linalg.solve(root_c, vh[:5], left=False)
     torch.testing.assert_close(mpo.to_matrix(), best)
     predicted = float((s[5:] ** 2).sum() / (s**2).sum()) ** 0.5
-    assert relative_error(weight, mpo.to_matrix(), **given_moments) == pytest.approx(predicted, rel=1e-8)
+    assert relative_error(weight, mpo.to_matrix(), **given_moments) == pytest.approx(predicted, rel=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(20, 31), (31, 20), (17, 17)])
@@ -96,7 +96,7 @@ def test_spectrum_gives_the_error_of_every_cut(shape, with_input, with_output):
     for bond in range(1, min(shape)):
         cut = whitened_cut(weight, bond, input_moment=C, output_moment=B, damping=damping)
         D = weight - cut.to_matrix()
-        assert float((values[bond:] ** 2).sum()) == pytest.approx(float((D * (full_b @ D @ full_c)).sum()), rel=1e-8)
+        assert float((values[bond:] ** 2).sum()) == pytest.approx(float((D * (full_b @ D @ full_c)).sum()), rel=1e-10)
     roots = {"input_root": None if C is None else moment_root(C, damping)}
     torch.testing.assert_close(cut_spectrum(weight, **roots, output_moment=B, damping=damping), values)
 

@@ -26,7 +26,7 @@ from bondsmith.nn.packed import PackedLinear
 from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
 from bondsmith.tensor.gauge import left_factor, pivot
 from bondsmith.tensor.mpo import MPO, fold
-from bondsmith.tensor.sites import Sites
+from bondsmith.tensor.sites import Sites, clip_bonds
 
 # Gathering the outputs saves k^2 multiply-adds a token. It pays up to so many tokens, and on a CPU where k^2 is more than so many outputs.
 GATHER_UP_TO = 256
@@ -60,7 +60,7 @@ class MPOLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.sites, self.bonds, self.gauge = sites, sites.clip(bonds), gauge and sites.n > 1
+        self.sites, self.bonds, self.gauge = sites, clip_bonds(sites, bonds), gauge and sites.n > 1
         self.in_features, self.out_features = sites.in_features, sites.out_features
         sites.parameters(self.bonds, self.gauge)  # raises where the gauge has no room
         self._shapes = sites.core_shapes(self.bonds)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bondsmith.tensor.mpo import MPO
+from bondsmith.tensor.sites import clip_bonds
 from bondsmith.tensor.svd import fix_signs
 
 
@@ -116,7 +117,7 @@ def truncate(mpo: MPO, bonds: int | Sequence[int] | None = None, *, discard: flo
     """
     if not 0 <= discard < 1:
         raise ValueError(f"discard is a share of the squared norm, at least 0 and below 1, not {discard}")
-    kept = mpo.bonds if bonds is None else mpo.sites.clip(bonds)
+    kept = mpo.bonds if bonds is None else clip_bonds(mpo.sites, bonds)
     truncated, discarded, _ = _sweep(mpo, kept, discard)
     return Truncated(truncated, discarded)
 

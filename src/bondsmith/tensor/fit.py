@@ -6,7 +6,6 @@ O)` the output moment, `k` a bond. The error of a layer is `tr(B D C D^T)`; `Non
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,8 @@ from bondsmith.tensor.checks import check_finite, check_matrix, check_moment
 from bondsmith.tensor.metric import DAMPING, Root, check_not_indefinite, moment_root, quadratic
 from bondsmith.tensor.metric import relative_error as relative_error
 from bondsmith.tensor.mpo import MPO
-from bondsmith.tensor.sites import Sites
+from bondsmith.tensor.sites import Sites, clip_bonds
 from bondsmith.tensor.svd import leading_eigenvectors, leading_left_vectors
-
-log = logging.getLogger(__name__)
 
 
 def sequential_svd(weight: Tensor, sites: Sites, bonds: int | Sequence[int]) -> MPO:
@@ -146,18 +143,6 @@ def interleave(weight: Tensor, sites: Sites) -> Tensor:
     """`(O, I)` as the tensor `(o_1, i_1, o_2, i_2, ...)`."""
     order = [axis for k in range(sites.n) for axis in (k, sites.n + k)]
     return weight.reshape(*sites.out_legs, *sites.in_legs).permute(order)
-
-
-def clip_bonds(sites: Sites, bonds: int | Sequence[int]) -> tuple[int, ...]:
-    """`sites.clip(bonds)`, with a note in the log where it cuts bonds down."""
-    clipped = sites.clip(bonds)
-    if any(bond > kept for bond, kept in zip(_each(sites, bonds), clipped, strict=True)):
-        log.info("sites %s are exact at bonds %s: bonds %s are cut down to these", sites, sites.exact_bonds(), bonds)
-    return clipped
-
-
-def _each(sites: Sites, bonds: int | Sequence[int]) -> Sequence[int]:
-    return bonds if isinstance(bonds, Sequence) else (bonds,) * (sites.n - 1)
 
 
 def check_sites(weight: Tensor, sites: Sites) -> None:

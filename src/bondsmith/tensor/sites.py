@@ -6,11 +6,14 @@ A matrix `W[(o_1..o_n), (i_1..i_n)]` is cut between neighbouring sites; `n - 1` 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 _EXPLICIT = re.compile(r"^(\(\d+,\d+\))+$")
 ROUND_FROM, ROUND_TO = 64, 8  # GEMMs like multiples of 8; below 64 the lost parameters cost more than that
@@ -154,6 +157,15 @@ class Sites:
             if b > a * o * i:
                 raise ValueError(f"bond {bond} of {tuple(bonds)} has only {a * o * i} rows to its left in sites {self}")
         return sum(bond**2 for bond in bonds)
+
+
+def clip_bonds(sites: Sites, bonds: int | Sequence[int]) -> tuple[int, ...]:
+    """`sites.clip(bonds)`, with a note in the log where it cuts bonds down."""
+    clipped = sites.clip(bonds)
+    asked = bonds if isinstance(bonds, Sequence) else (bonds,) * (sites.n - 1)
+    if any(bond > kept for bond, kept in zip(asked, clipped, strict=True)):
+        log.info("sites %s are exact at bonds %s: bonds %s are cut down to these", sites, sites.exact_bonds(), bonds)
+    return clipped
 
 
 def parse_sites(spec: str, out_features: int, in_features: int) -> Sites:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.checks import check_matrix, check_moment
-from bondsmith.tensor.fit import check_sites, clip_bonds, sequential_svd, whitened_cut
+from bondsmith.tensor.fit import check_sites, sequential_svd, whitened_cut
 from bondsmith.tensor.metric import DAMPING, Root, check_semidefinite, damped, moment_root, relative_error
 from bondsmith.tensor.mpo import MPO, fold
-from bondsmith.tensor.sites import Sites
+from bondsmith.tensor.sites import Sites, clip_bonds
 
 _LEG_DAMPING = 1e-3  # of a leg's moment; only steers the coordinates, never the objective
 _SOLVED = 0.1  # a core is solved when its residual has come down to this share
