@@ -65,3 +65,14 @@ def test_nan_and_wrong_input():
         MPO((torch.ones(1, 2, 1, 3), torch.full((3, 1, 1, 1), float("nan"))))
     with pytest.raises(ValueError, match=r"take 4 features"):
         MPO((torch.ones(1, 2, 4, 1),)).apply(torch.ones(3))
+
+
+def test_apply_takes_the_matrix_where_that_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = Sites((4, 4, 4), (4, 4, 4))
+    mpo = MPO(tuple(torch.randn(shape, dtype=torch.float64) for shape in sites.core_shapes((16, 16))))
+    threshold, built = sites.materialise_from(mpo.bonds), []
+    x, W = torch.randn(threshold, 64, dtype=torch.float64), mpo.to_matrix()
+    monkeypatch.setattr(MPO, "to_matrix", lambda self: built.append(len(self.cores)) or W)
+    for tokens in (threshold - 1, threshold):
+        torch.testing.assert_close(mpo.apply(x[:tokens]), x[:tokens] @ W.T)
+    assert len(built) == 1

@@ -31,7 +31,6 @@ from bondsmith.tensor.sites import Sites, clip_bonds
 # Gathering the outputs saves k^2 multiply-adds a token. It pays up to so many tokens, and on a CPU where k^2 is more than so many outputs.
 GATHER_UP_TO = 256
 GATHER_FROM = 50
-_NEVER = 2**62
 
 
 class MPOLinear(nn.Module):
@@ -68,7 +67,7 @@ class MPOLinear(nn.Module):
         self._is_cut = sites.is_matrix_cut
         self._gather_below = (GATHER_UP_TO * self.in_features + 1) if self.gauge else 0
         self._gathers_on_cpu = self.gauge and self._is_cut and self.bonds[0] ** 2 > GATHER_FROM * self.out_features
-        self._materialise_from = _materialise_from(sites, self.bonds) * self.in_features
+        self._materialise_from = sites.materialise_from(self.bonds) * self.in_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.cores = nn.ModuleList(_empty_core(*shape, **factory) for shape in self._weight_shapes())
         self.bias = nn.Parameter(torch.empty(self.out_features, **factory)) if bias else None
@@ -238,13 +237,6 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
         return gradient.index_select(-1, order.argsort()), None
-
-
-def _materialise_from(sites: Sites, bonds: tuple[int, ...]) -> int:
-    """The tokens at which rebuilding the matrix and one dense GEMM cost less than contracting."""
-    contract = sites.sweep_cost(bonds, sites.sweeps_from_right(bonds))
-    saved = contract - sites.out_features * sites.in_features
-    return -(-sites.materialise_cost(bonds) // saved) if saved > 0 else _NEVER // sites.in_features
 
 
 def _empty_core(rows: int, columns: int, **factory: Any) -> nn.Linear:

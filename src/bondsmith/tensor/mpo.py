@@ -105,7 +105,7 @@ class MPO:
         return fold(self.cores)
 
     def apply(self, x: Tensor) -> Tensor:
-        """`W x` for `x` of shape `(..., I)`: `(..., O)`, starting at the end that costs less.
+        """`W x` for `x` of shape `(..., I)`: `(..., O)`, from the end that costs less, or by the matrix where that does.
 
         A batch of `N` networks takes `(N, ..., I)`, each its own part.
         """
@@ -118,6 +118,8 @@ class MPO:
             flat = MPO(tuple(core.flatten(0, -5) for core in self.cores))
             y = torch.stack([flat[n].apply(part) for n, part in enumerate(parts)])
             return y.reshape(*x.shape[:-1], -1)
+        if x.numel() >= self.sites.in_features * self.sites.materialise_from(self.bonds):
+            return F.linear(x, self.to_matrix())
         from_right = self.sites.sweeps_from_right(self.bonds)
         layers = [partial(F.linear, weight=core_to_weight(core, from_right)) for core in self.cores]
         return sweep(self.sites, self.bonds, layers, x, from_right)

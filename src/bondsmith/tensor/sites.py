@@ -15,6 +15,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+NEVER = 2**62  # tokens
 _EXPLICIT = re.compile(r"^(\(\d+,\d+\))+$")
 ROUND_FROM, ROUND_TO = 64, 8  # GEMMs like multiples of 8; below 64 the lost parameters cost more than that
 
@@ -113,6 +114,15 @@ class Sites:
     def sweeps_from_right(self, bonds: Sequence[int]) -> bool:
         """Which end a contraction starts at: the cheaper one; the last site at a tie."""
         return self.sweep_cost(bonds, from_right=True) <= self.sweep_cost(bonds, from_right=False)
+
+    def materialise_from(self, bonds: Sequence[int]) -> int:
+        """The tokens at which rebuilding the matrix for one dense product costs less than contracting.
+
+        >>> Sites((64, 1), (1, 64)).materialise_from((32,)) > 2**40, Sites((64, 1), (1, 64)).materialise_from((64,))
+        (True, 64)
+        """
+        saved = self.sweep_cost(bonds, self.sweeps_from_right(bonds)) - self.out_features * self.in_features
+        return -(-self.materialise_cost(bonds) // saved) if saved > 0 else NEVER // self.in_features
 
     def bonds_within(self, budget: int, gauge: bool = False, multiple: int = ROUND_TO) -> tuple[int, ...]:
         """The largest uniform bond, clipped to the exact ones, that stores at most `budget` numbers.
