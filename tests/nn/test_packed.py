@@ -348,16 +348,21 @@ def test_weights_and_activations_may_start_anywhere_in_memory(grid: Grid) -> Non
             assert (y - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("grid", [Grid(2, 32), Grid(3, 64), Grid(2, 64, symmetric=False), Grid(3, 32, symmetric=False)])
-def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid: Grid) -> None:
-    packed, x = layer(grid, bias=False), torch.randn(100, 192)
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(2, 32), Grid(3, 128), Grid(2, 128, symmetric=False), Grid(3, 32, symmetric=False), Grid(3, 0)],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [128, 72])
+def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid: Grid, rows: int) -> None:
+    packed, x = layer(grid, rows, bias=False), torch.randn(100, 192)
     codes, expected = packed.codes.clone(), F.linear(x, packed.to_matrix())
     if not kernels.int4_block():
         assert not packed.widen()
         return
     with torch.no_grad():
         assert packed.widen()
-        assert packed.codes.nbytes == 128 * 96  # four bits
+        assert packed.codes.nbytes == -(-rows // kernels.int4_block()) * kernels.int4_block() * 96  # four bits
         assert torch.equal(packed.packed_codes(), codes)
         assert torch.equal(packed.state_dict()["codes"], codes)
         assert torch.allclose(packed(x), expected, atol=1e-4)
@@ -370,13 +375,25 @@ def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid:
     assert torch.allclose(x.grad[0], packed.to_matrix().sum(0), atol=1e-3)
 
 
+@pytest.mark.parametrize("grid", [Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 0)], ids=str)
+def test_groups_made_of_several_of_the_kernel_s_and_rows_of_no_whole_block(grid: Grid) -> None:
+    packed = layer(grid, rows=72, bias=False)
+    W, ids = packed.to_matrix(), torch.tensor([71, 0, 33])
+    for tokens in (1, 3, 100):
+        x = torch.randn(tokens, 192, dtype=torch.bfloat16)
+        with torch.no_grad():
+            expected, y = F.linear(x.float(), W), packed(x)
+        assert (y.float() - expected).norm() < 0.01 * expected.norm()
+    assert (packed._order == "cpu") == (kernels.int4_block() > 0)
+    assert torch.equal(packed.to_matrix(), W)
+    assert torch.equal(packed._packed_rows(ids), packed.packed_codes()[ids])
+
+
 def test_what_no_kernel_takes_is_not_widened() -> None:
-    model = nn.ModuleList(
-        [layer(Grid(3, 40)), layer(Grid(3, 64), rows=100), layer(Grid(8, 0)), layer(Grid(4, 64)), layer(Grid(2, 64))]
-    )
+    model = nn.ModuleList([layer(Grid(3, 40)), layer(Grid(8, 0)), layer(Grid(4, 64)), layer(Grid(2, 64))])
     narrow = [m.codes.nbytes for m in model]
     assert widen(model) == (128 * 48 if kernels.int4_block() else 0)
-    assert [m.codes.nbytes for m in model][:4] == narrow[:4]
+    assert [m.codes.nbytes for m in model][:3] == narrow[:3]
 
 
 def test_rows_of_a_widened_embedding_are_the_same() -> None:

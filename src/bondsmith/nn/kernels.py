@@ -2,7 +2,8 @@
 
 Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row. The int4 kernel wants the codes in another order:
 blocks of 64 (AVX-512) or 32 rows, column after column, the first half of a block's rows in the low four bits and the second in
-the high ones. `to_int4_order` brings them into it, in place of the ordinary order and of the same size.
+the high ones. `to_int4_order` brings them into it, in place of the ordinary order and of the same size but for the last block. A group
+of a grid may be several of the kernel's, which then have the same scale.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from bondsmith.tensor.rounding import Grid, packed_levels
 
@@ -18,7 +20,7 @@ from bondsmith.tensor.rounding import Grid, packed_levels
 INT8_UP_TO = 40
 INT4_UP_TO = 48
 CHUNK = 2**18  # numbers of a matrix that are unpacked at a time
-_INT4_GROUPS = (32, 64, 128, 256)
+_INT4_GROUPS = (256, 128, 64, 32)
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
@@ -44,12 +46,14 @@ def has_int8(grid: Grid, out_features: int, in_features: int) -> bool:
     return plain and out_features % 16 == 0 and in_features % 16 == 0 and hasattr(torch.ops.aten, "_weight_int8pack_mm")
 
 
-def has_int4(grid: Grid, out_features: int, in_features: int) -> bool:
+def has_int4(grid: Grid, in_features: int) -> bool:
     """Whether the int4 kernel takes such a matrix, and its order of codes is the one known here."""
-    if grid.bits != 4 or grid.codebook != "uniform" or grid.group not in _INT4_GROUPS or in_features % grid.group:
-        return False
-    block = int4_block()
-    return block > 0 and out_features % block == 0
+    return grid.bits == 4 and grid.codebook == "uniform" and int4_group(grid, in_features) > 0 and int4_block() > 0
+
+
+def int4_group(grid: Grid, in_features: int) -> int:
+    """The largest group that the kernel knows and that the groups of this grid are made of, short last one included; 0 if none is."""
+    return next((g for g in _INT4_GROUPS if (grid.group or in_features) % g == 0 == in_features % g), 0)
 
 
 def is_aligned(tensor: Tensor) -> bool:
@@ -63,40 +67,58 @@ def int8_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.aten._weight_int8pack_mm(x, packed.view(torch.int8), scales)
 
 
-def int4_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
-    """`(T, O)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`."""
-    pairs = _scale_pairs(scales, minima, grid.offset)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ordered.view(scales.shape[0], -1), grid.group, pairs)
+def int4_matmul(
+    x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, shift: int = 0
+) -> Tensor:
+    """`(T, rows of whole blocks)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`.
+
+    `shift` is what codes of an asymmetric grid were raised by, so that few bits lie around the kernel's zero.
+    """
+    group, zero = int4_group(grid, x.shape[1]), 8 - (grid.offset if minima is None else shift)
+    pairs = _spread(_scale_pairs(scales, minima, zero, len(ordered)), grid, x.shape[1], 0)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ordered, group, pairs)
 
 
 def side_by_side(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
-    """The same `(O, G)` tensors as views of one that lies as the int4 kernel reads them: `(G, O, 2)`."""
-    pairs = torch.stack((scales.T, minima.T), -1)
-    return pairs[..., 0].T, pairs[..., 1].T
+    """The same `(O, G)` tensors as views of one that lies as the int4 kernel reads them: `(G, O, 2)`, rows of whole blocks."""
+    pairs = F.pad(torch.stack((scales.T, minima.T), -1), (0, 0, 0, -len(scales) % int4_block()))
+    return pairs[:, : len(scales), 0].T, pairs[:, : len(scales), 1].T
 
 
-def _scale_pairs(scales: Tensor, minima: Tensor | None, offset: float) -> Tensor:
-    """What the int4 kernel multiplies by and adds, `(G, O, 2)`; made in place, every operation counts when one token is decoded."""
-    rows, groups = scales.shape
-    if minima is not None and _lie_side_by_side(scales, minima):
+def _scale_pairs(scales: Tensor, minima: Tensor | None, zero: float, rows: int) -> Tensor:
+    """What the int4 kernel multiplies by and adds, `(G, rows, 2)`: `scale` and `minimum + zero * scale`.
+
+    Made in place, as operations count when one token is decoded.
+    """
+    given, groups = scales.shape
+    if minima is not None and _lie_side_by_side(scales, minima, rows):
         pairs = scales.as_strided((groups, rows, 2), (2 * rows, 2, 1)).float()
-        pairs[..., 1].add_(pairs[..., 0], alpha=8)
+        pairs[..., 1].add_(pairs[..., 0], alpha=zero)
         return pairs.to(torch.bfloat16)
     wide = scales.float()
-    zero = wide * (8 - offset) if minima is None else torch.add(minima.float(), wide, alpha=8)
+    added = wide * zero if minima is None else torch.add(minima.float(), wide, alpha=zero)
     both = torch.empty(groups, rows, 2, dtype=torch.bfloat16)
-    both[..., 0], both[..., 1] = wide.T, zero.T
+    both[:, :given, 0], both[:, :given, 1] = wide.T, added.T
+    both[:, given:] = 0
     return both
 
 
-def _lie_side_by_side(scales: Tensor, minima: Tensor) -> bool:
-    as_pairs = scales.stride() == minima.stride() == (2, 2 * scales.shape[0])
+def _lie_side_by_side(scales: Tensor, minima: Tensor, rows: int) -> bool:
+    as_pairs = scales.stride() == minima.stride() == (2, 2 * rows)
     return as_pairs and minima.data_ptr() == scales.data_ptr() + scales.element_size()
 
 
+def _spread(values: Tensor, grid: Grid, in_features: int, dim: int) -> Tensor:
+    """Values of the grid's groups for the groups of the kernel that they are made of."""
+    group = int4_group(grid, in_features)
+    times = (grid.group or in_features) // group
+    return values if times == 1 else values.repeat_interleave(times, dim).narrow(dim, 0, in_features // group)
+
+
 def to_int4_order(packed: Tensor) -> Tensor:
-    """Packed rows `(O, I / 2)` in the kernel's order, the same shape and bytes."""
+    """Packed rows `(O, I / 2)` in the kernel's order, zeros added up to whole blocks of rows."""
     block = int4_block()
+    packed = F.pad(packed, (0, 0, 0, -len(packed) % block))
     rows, half = packed.shape
     low, high = packed & 15, packed >> 4  # even and odd columns
     codes = torch.stack((low, high), -1).reshape(rows // block, 2, block // 2, 2 * half)
@@ -104,7 +126,7 @@ def to_int4_order(packed: Tensor) -> Tensor:
 
 
 def from_int4_order(ordered: Tensor) -> Tensor:
-    """The inverse of `to_int4_order`."""
+    """The inverse of `to_int4_order`, whole blocks of rows."""
     block = int4_block()
     rows, half = ordered.shape
     split = ordered.view(rows // block, 2 * half, block // 2).transpose(1, 2)
@@ -112,14 +134,20 @@ def from_int4_order(ordered: Tensor) -> Tensor:
     return codes[..., 0] | (codes[..., 1] << 4)
 
 
-def int4_unpacked_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
-    """`(T, O)` from codes in the kernel's order: some blocks at a time are unpacked for a GEMM.
+def int4_unpacked_matmul(
+    x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, shift: int = 0
+) -> Tensor:
+    """`(T, rows of whole blocks)` from codes in the kernel's order: some blocks at a time are unpacked for a GEMM.
 
     Each byte holds two rows half a block apart, so the outputs of the GEMM come in pairs, and are put in order after it.
     """
     block, (rows, columns), wide = int4_block(), (ordered.shape[0], 2 * ordered.shape[1]), x.to(gemm_dtype(x))
     step = max(1, CHUNK // (columns * block)) * block
     y = x.new_empty(x.shape[0], rows)
+    if minima is not None:
+        lowered = torch.sub(minima.float(), scales.float(), alpha=shift)
+        minima = F.pad(_spread(lowered, grid, columns, 1), (0, 0, 0, rows - len(scales)))
+    scales = F.pad(_spread(scales, grid, columns, 1), (0, 0, 0, rows - len(scales)))
     for first in range(0, rows, step):
         part = slice(first, first + step)
         matrix = _columns(ordered[part], grid, scales[part], None if minima is None else minima[part], wide.dtype)
@@ -129,14 +157,14 @@ def int4_unpacked_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor,
 
 
 def _columns(ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The matrix of whole blocks as `(I, rows)`, rows in the order in which the bytes hold them."""
-    block, (rows, columns) = int4_block(), (ordered.shape[0], 2 * ordered.shape[1])
-    blocks, groups = rows // block, columns // grid.group
+    """The matrix of whole blocks as `(I, rows)`, rows in the order in which the bytes hold them; scales of the kernel's groups."""
+    block, (rows, columns), groups = int4_block(), (ordered.shape[0], 2 * ordered.shape[1]), scales.shape[1]
+    blocks = rows // block
 
     def pairs(values: Tensor) -> Tensor:  # (rows, G) as (blocks, G, 1, block)
         return values.float().view(blocks, 2, block // 2, groups).permute(0, 3, 2, 1).reshape(blocks, groups, 1, block)
 
-    matrix = packed_levels(grid, ordered, columns).view(blocks, groups, grid.group, block) * pairs(scales)
+    matrix = packed_levels(grid, ordered, columns).view(blocks, groups, -1, block) * pairs(scales)
     if minima is not None:
         matrix = matrix + pairs(minima)
     by_column = torch.empty(columns, blocks, block, dtype=dtype)

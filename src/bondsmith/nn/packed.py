@@ -33,7 +33,8 @@ class PackedMatrix(nn.Module):
     def __init__(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.grid, self.rows, self.columns = grid, rows, columns
-        self._wide_grid = replace(grid, bits=4)  # of the int4 kernel
+        # What the int4 kernel is given: codes of fewer bits around the middle of its own, where it is exact enough.
+        self._wide_grid, self._shift = replace(grid, bits=4), max(0, 8 - 2 ** (grid.bits - 1))
         groups = (rows, grid.groups(columns))
         self.register_buffer(
             "codes", torch.zeros(rows, row_bytes(columns, grid.bits), dtype=torch.uint8, device=device)
@@ -71,7 +72,7 @@ class PackedMatrix(nn.Module):
             return self.codes
         if self._order == "cuda":
             return cuda_int4.from_order(self.codes)
-        return self._narrow(kernels.from_int4_order(self.codes))
+        return self._narrow(kernels.from_int4_order(self.codes)[: self.rows])
 
     def widen(self) -> bool:
         """Keeps codes of two and three bits as four, for torch's int4 kernel; returns whether it takes such a matrix.
@@ -80,7 +81,7 @@ class PackedMatrix(nn.Module):
         """
         if self.grid.bits not in (2, 3) or self.codes.device.type != "cpu":
             return False
-        if kernels.has_int4(self._wide_grid, self.rows, self.columns):
+        if kernels.has_int4(self._wide_grid, self.columns):
             self._bring_into("cpu", lambda packed: kernels.to_int4_order(self._wide(packed)))
         return self._order == "cpu"
 
@@ -91,10 +92,6 @@ class PackedMatrix(nn.Module):
     def _narrow(self, packed: Tensor) -> Tensor:
         """The inverse of `_wide`; rows of four bits as they are."""
         return packed if self.grid.bits == 4 else pack(unpack(packed, 4, self.columns) - self._shift, self.grid.bits)
-
-    @property
-    def _shift(self) -> int:
-        return int(self._wide_grid.offset - self.grid.offset)
 
     def to_rounded(self) -> Rounded:
         """The rounded matrix."""
@@ -149,7 +146,7 @@ class PackedMatrix(nn.Module):
             y: Tensor = _Multiply.apply(x, self, self.scales, self.minima)
             return y
         flat = x.reshape(-1, self.columns)
-        return self._multiply_flat(flat).view(*x.shape[:-1], self.rows)
+        return self._multiply_flat(flat).reshape(*x.shape[:-1], self.rows)
 
     def _multiply_flat(self, x: Tensor) -> Tensor:
         low = x.dtype == torch.bfloat16
@@ -159,7 +156,7 @@ class PackedMatrix(nn.Module):
                 if not kernels.is_aligned(self.codes):  # as read from a file
                     self.codes = self.codes.clone()
                 return kernels.int8_matmul(x, self.codes, self._row_scales())
-            if self._order == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
+            if self._order == "cpu" or (low and kernels.has_int4(self.grid, self.columns)):
                 return self._multiply_int4(x.contiguous())
         few = low and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
@@ -185,7 +182,8 @@ class PackedMatrix(nn.Module):
         self._bring_into("cpu", kernels.to_int4_order)
         few = x.dtype == torch.bfloat16 and x.shape[0] <= kernels.INT4_UP_TO
         multiply = kernels.int4_matmul if few else kernels.int4_unpacked_matmul
-        return multiply(x, self.codes, self._wide_grid, self.scales, self.minima)
+        y = multiply(x, self.codes, self._wide_grid, self.scales, self.minima, self._shift)
+        return y[:, : self.rows]
 
     def _bring_into(self, order: str, convert: Callable[[Tensor], Tensor]) -> None:
         """Has the codes, on a CPU scales and minima too, in the order of a kernel."""
@@ -207,7 +205,7 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrix: PackedMatrix, scales: Tensor, minima: Tensor | None) -> Tensor:
         ctx.matrix = matrix
         ctx.save_for_backward(x if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] else None)
-        return matrix._multiply_flat(x.reshape(-1, matrix.columns)).view(*x.shape[:-1], matrix.rows)
+        return matrix._multiply_flat(x.reshape(-1, matrix.columns)).reshape(*x.shape[:-1], matrix.rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
