@@ -353,16 +353,16 @@ def test_weights_and_activations_may_start_anywhere_in_memory(grid: Grid) -> Non
     [Grid(2, 32), Grid(3, 128), Grid(2, 128, symmetric=False), Grid(3, 32, symmetric=False), Grid(3, 0)],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [128, 72])
-def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid: Grid, rows: int) -> None:
-    packed, x = layer(grid, rows, bias=False), torch.randn(100, 192)
+@pytest.mark.parametrize(("rows", "columns"), [(128, 192), (72, 192), (72, 200), (72, 176)])
+def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid: Grid, rows: int, columns: int) -> None:
+    packed, x = layer(grid, rows, columns, bias=False), torch.randn(100, columns)
     codes, expected = packed.codes.clone(), F.linear(x, packed.to_matrix())
     if not kernels.int4_block():
         assert not packed.widen()
         return
     with torch.no_grad():
         assert packed.widen()
-        assert packed.codes.nbytes == -(-rows // kernels.int4_block()) * kernels.int4_block() * 96  # four bits
+        assert packed.codes.nbytes == -(-rows // kernels.int4_block()) * kernels.int4_block() * -(-columns // 32) * 16
         assert torch.equal(packed.packed_codes(), codes)
         assert torch.equal(packed.state_dict()["codes"], codes)
         assert torch.allclose(packed(x), expected, atol=1e-4)
@@ -376,11 +376,12 @@ def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid:
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 0)], ids=str)
-def test_groups_made_of_several_of_the_kernel_s_and_rows_of_no_whole_block(grid: Grid) -> None:
-    packed = layer(grid, rows=72, bias=False)
+@pytest.mark.parametrize("columns", [192, 175])
+def test_groups_made_of_several_of_the_kernel_s_and_rows_of_no_whole_block(grid: Grid, columns: int) -> None:
+    packed = layer(grid, 72, columns, bias=False)
     W, ids = packed.to_matrix(), torch.tensor([71, 0, 33])
     for tokens in (1, 3, 100):
-        x = torch.randn(tokens, 192, dtype=torch.bfloat16)
+        x = torch.randn(tokens, columns, dtype=torch.bfloat16)
         with torch.no_grad():
             expected, y = F.linear(x.float(), W), packed(x)
         assert (y.float() - expected).norm() < 0.01 * expected.norm()

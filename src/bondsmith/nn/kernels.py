@@ -2,8 +2,8 @@
 
 Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row. The int4 kernel wants the codes in another order:
 blocks of 64 (AVX-512) or 32 rows, column after column, the first half of a block's rows in the low four bits and the second in
-the high ones. `to_int4_order` brings them into it, in place of the ordinary order and of the same size but for the last block. A group
-of a grid may be several of the kernel's, which then have the same scale.
+the high ones. `to_int4_order` brings them into it, in place of the ordinary order and of the same size but for the last block and group. A
+group of a grid may be several of the kernel's, which then have the same scale.
 """
 
 from __future__ import annotations
@@ -52,8 +52,12 @@ def has_int4(grid: Grid, in_features: int) -> bool:
 
 
 def int4_group(grid: Grid, in_features: int) -> int:
-    """The largest group that the kernel knows and that the groups of this grid are made of, short last one included; 0 if none is."""
-    return next((g for g in _INT4_GROUPS if (grid.group or in_features) % g == 0 == in_features % g), 0)
+    """The kernel's group for this grid: one that its groups are made of, with which columns are filled up least; 0 if none fits.
+
+    Filling up may add a third of the columns.
+    """
+    known = [g for g in _INT4_GROUPS if grid.group % g == 0 and 3 * (-in_features % g) <= in_features]
+    return min(known, key=lambda g: -in_features % g, default=0)
 
 
 def is_aligned(tensor: Tensor) -> bool:
@@ -76,7 +80,7 @@ def int4_matmul(
     """
     group, zero = int4_group(grid, x.shape[1]), 8 - (grid.offset if minima is None else shift)
     pairs = _spread(_scale_pairs(scales, minima, zero, len(ordered)), grid, x.shape[1], 0)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, ordered, group, pairs)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(_filled(x, ordered), ordered, group, pairs)
 
 
 def side_by_side(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,14 +115,27 @@ def _lie_side_by_side(scales: Tensor, minima: Tensor, rows: int) -> bool:
 def _spread(values: Tensor, grid: Grid, in_features: int, dim: int) -> Tensor:
     """Values of the grid's groups for the groups of the kernel that they are made of."""
     group = int4_group(grid, in_features)
-    times = (grid.group or in_features) // group
-    return values if times == 1 else values.repeat_interleave(times, dim).narrow(dim, 0, in_features // group)
+    needed = -(-in_features // group)
+    times = grid.group // group if grid.group else needed
+    return values if times == 1 else values.repeat_interleave(times, dim).narrow(dim, 0, needed)
+
+
+def _filled(x: Tensor, ordered: Tensor) -> Tensor:
+    """`x` with zeros for the columns that the kernel's order has more."""
+    more = 2 * ordered.shape[1] - x.shape[1]
+    return F.pad(x, (0, more)) if more else x
+
+
+def fill_up(packed: Tensor, grid: Grid, in_features: int) -> Tensor:
+    """Packed rows of four bits with zeros up to whole groups of columns and whole blocks of rows."""
+    group = int4_group(grid, in_features)
+    width = -(-in_features // group) * group // 2
+    return F.pad(packed, (0, width - packed.shape[1], 0, -len(packed) % int4_block()))
 
 
 def to_int4_order(packed: Tensor) -> Tensor:
-    """Packed rows `(O, I / 2)` in the kernel's order, zeros added up to whole blocks of rows."""
+    """Packed rows `(O, I / 2)`, `O` whole blocks, in the kernel's order: the same shape and bytes."""
     block = int4_block()
-    packed = F.pad(packed, (0, 0, 0, -len(packed) % block))
     rows, half = packed.shape
     low, high = packed & 15, packed >> 4  # even and odd columns
     codes = torch.stack((low, high), -1).reshape(rows // block, 2, block // 2, 2 * half)
@@ -126,7 +143,7 @@ def to_int4_order(packed: Tensor) -> Tensor:
 
 
 def from_int4_order(ordered: Tensor) -> Tensor:
-    """The inverse of `to_int4_order`, whole blocks of rows."""
+    """The inverse of `to_int4_order`."""
     block = int4_block()
     rows, half = ordered.shape
     split = ordered.view(rows // block, 2 * half, block // 2).transpose(1, 2)
@@ -146,8 +163,9 @@ def int4_unpacked_matmul(
     y = x.new_empty(x.shape[0], rows)
     if minima is not None:
         lowered = torch.sub(minima.float(), scales.float(), alpha=shift)
-        minima = F.pad(_spread(lowered, grid, columns, 1), (0, 0, 0, rows - len(scales)))
-    scales = F.pad(_spread(scales, grid, columns, 1), (0, 0, 0, rows - len(scales)))
+        minima = F.pad(_spread(lowered, grid, x.shape[1], 1), (0, 0, 0, rows - len(scales)))
+    scales = F.pad(_spread(scales, grid, x.shape[1], 1), (0, 0, 0, rows - len(scales)))
+    wide = _filled(wide, ordered)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         matrix = _columns(ordered[part], grid, scales[part], None if minima is None else minima[part], wide.dtype)

@@ -82,16 +82,20 @@ class PackedMatrix(nn.Module):
         if self.grid.bits not in (2, 3) or self.codes.device.type != "cpu":
             return False
         if kernels.has_int4(self._wide_grid, self.columns):
-            self._bring_into("cpu", lambda packed: kernels.to_int4_order(self._wide(packed)))
+            self._bring_into("cpu", self._to_kernel)
         return self._order == "cpu"
 
-    def _wide(self, packed: Tensor) -> Tensor:
-        """Packed rows with codes of four bits for the same levels."""
-        return pack(unpack(packed, self.grid.bits, self.columns) + self._shift, 4)
+    def _to_kernel(self, packed: Tensor) -> Tensor:
+        """Packed rows in the order of the CPU's int4 kernel, codes of fewer bits as four for the same levels."""
+        if self.grid.bits != 4:
+            packed = pack(unpack(packed, self.grid.bits, self.columns) + self._shift, 4)
+        return kernels.to_int4_order(kernels.fill_up(packed, self._wide_grid, self.columns))
 
     def _narrow(self, packed: Tensor) -> Tensor:
-        """The inverse of `_wide`; rows of four bits as they are."""
-        return packed if self.grid.bits == 4 else pack(unpack(packed, 4, self.columns) - self._shift, self.grid.bits)
+        """Rows of four bits, perhaps filled up, as rows of the grid's bits."""
+        if self.grid.bits == 4:
+            return packed[:, : row_bytes(self.columns, 4)]
+        return pack(unpack(packed, 4, self.columns) - self._shift, self.grid.bits)
 
     def to_rounded(self) -> Rounded:
         """The rounded matrix."""
@@ -179,7 +183,7 @@ class PackedMatrix(nn.Module):
         return kept[2]
 
     def _multiply_int4(self, x: Tensor) -> Tensor:
-        self._bring_into("cpu", kernels.to_int4_order)
+        self._bring_into("cpu", self._to_kernel)
         few = x.dtype == torch.bfloat16 and x.shape[0] <= kernels.INT4_UP_TO
         multiply = kernels.int4_matmul if few else kernels.int4_unpacked_matmul
         y = multiply(x, self.codes, self._wide_grid, self.scales, self.minima, self._shift)
