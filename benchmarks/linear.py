@@ -27,9 +27,10 @@ KINDS = [("matrix", False), ("matrix", True), ("thin:2", False)]
 
 
 def network(spec: str, gauge: bool, keep: float, shape: tuple[int, int]) -> MPOLinear:
-    """A random layer that keeps this share of the parameters."""
+    """A random layer that keeps at most this share of the parameters, with bonds in multiples of 16 as plans have them."""
     sites = parse_sites(spec, *shape)
-    layer = MPOLinear(sites, sites.bonds_within(int(keep * shape[0] * shape[1]), gauge), bias=False, gauge=gauge)
+    bonds = sites.bonds_within(int(keep * shape[0] * shape[1]), gauge)
+    layer = MPOLinear(sites, [b - b % 16 or b for b in bonds], bias=False, gauge=gauge)
     if layer.pivots is not None:
         layer.pivots.copy_(torch.randperm(shape[0]))
     return layer
