@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from bondsmith.nn import cuda_int4, kernels
+from bondsmith.nn import code_order, cuda_int4, kernels
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, widen
 from bondsmith.tensor.fit import sequential_svd
@@ -149,7 +151,7 @@ def test_the_order_of_the_kernel_of_this_processor_is_learnt_too() -> None:
         pytest.skip("this torch has no int4 kernel for this processor")
     places = cuda_int4.learn_places(kernels.to_int4_order, block, 2)
     packed = torch.randint(256, (2 * block, 1), dtype=torch.uint8)
-    assert torch.equal(cuda_int4.from_tiles(kernels.to_int4_order(packed), places, block, 2), packed)
+    assert torch.equal(cuda_int4.from_tiles(kernels.to_int4_order(packed).view(packed.shape), places, block, 2), packed)
 
 
 def test_a_device_without_the_kernel_unpacks() -> None:
@@ -161,12 +163,13 @@ def test_matrices_in_the_order_of_the_cuda_kernel_are_read_anywhere(monkeypatch:
     order = torch.randperm(8 * 64, generator=torch.Generator().manual_seed(0))
     places = cuda_int4.learn_places(shuffled(order, 8, 64), 8, 64)
     monkeypatch.setattr(cuda_int4, "_places", lambda inner: places)
+    monkeypatch.setattr(cuda_int4, "to_order", shuffled(order, 8, 64))
     grid = Grid(4, 64, symmetric=False)
     embedding = PackedEmbedding(nn.Embedding(128, 192), grid)
     embedding.put(round_to_nearest(torch.randn(128, 192), grid))
     ids, codes = torch.tensor([[0, 7, 8, 63], [64, 100, 127, 5]]), embedding.codes.clone()
     before = embedding(ids)
-    embedding._bring_into("cuda", shuffled(order, 8, 64))
+    embedding._bring_into("cuda")
     assert not torch.equal(embedding.codes, codes)
     assert torch.equal(embedding(ids), before)
     assert torch.equal(embedding.state_dict()["codes"], codes)
@@ -183,7 +186,7 @@ def test_the_cuda_kernel_multiplies_by_the_rounded_matrix(grid: Grid) -> None:
     there = copy.deepcopy(packed).to("cuda", torch.bfloat16)
     with torch.no_grad():
         y = there(x.to("cuda", torch.bfloat16))
-    assert there._order == "cuda"
+    assert code_order.order(there.codes) == "cuda"
     assert (y.float().cpu() - expected).norm() < 0.01 * expected.norm()
     assert torch.equal(there.cpu().packed_codes(), packed.codes)
 
@@ -385,9 +388,9 @@ def test_groups_made_of_several_of_the_kernel_s_and_rows_of_no_whole_block(grid:
         with torch.no_grad():
             expected, y = F.linear(x.float(), W), packed(x)
         assert (y.float() - expected).norm() < 0.01 * expected.norm()
-    assert (packed._order == "cpu") == (kernels.int4_block() > 0)
+    assert (code_order.order(packed.codes) == "cpu") == (kernels.int4_block() > 0)
     assert torch.equal(packed.to_matrix(), W)
-    assert torch.equal(packed._packed_rows(ids), packed.packed_codes()[ids])
+    assert torch.equal(code_order.packed_rows(packed.codes, ids, grid, columns), packed.packed_codes()[ids])
 
 
 def test_what_no_kernel_takes_is_not_widened() -> None:
@@ -405,3 +408,106 @@ def test_rows_of_a_widened_embedding_are_the_same() -> None:
     before = embedding(ids)
     embedding.widen()
     assert torch.equal(embedding(ids), before)
+
+
+INT4 = Grid(4, 64, symmetric=False)
+
+
+@pytest.mark.skipif(not kernels.int4_block(), reason="this torch has no int4 kernel for this processor")
+class TestCodesInTheOrderOfTheKernel:
+    """Whoever handles them without knowing of it gets the same weights."""
+
+    def used(self, rows: int = 128, columns: int = 192) -> tuple[PackedLinear, torch.Tensor]:
+        packed = layer(INT4, rows, columns, bias=False)
+        W = packed.to_matrix()
+        with torch.no_grad():
+            packed(torch.randn(1, columns, dtype=torch.bfloat16))
+        assert code_order.order(packed.codes) == "cpu"
+        return packed, W
+
+    def test_a_buffer_that_is_put_back_by_hand(self) -> None:
+        packed, W = self.used()
+        inside, before = packed.codes, layer(INT4, bias=False).codes
+        packed._buffers["codes"] = before  # as offloading does
+        assert torch.equal(packed.to_matrix(), W)
+        packed._buffers["codes"] = inside.clone()
+        assert torch.equal(packed.to_matrix(), W)
+
+    def test_a_model_pickled_on_another_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        packed, W = self.used()
+        file = io.BytesIO()
+        torch.save(packed, file)
+        file.seek(0)
+        block = kernels.int4_block()
+        monkeypatch.setattr(kernels, "int4_block", lambda: 96 - block)  # 64 and 32
+        there = torch.load(file, weights_only=False)
+        assert torch.equal(there.to_matrix(), W)
+        there._bring_into("cpu")
+        assert there.codes.shape[2] == (96 - block) // 2
+        assert torch.equal(there.to_matrix(), W)
+
+    def test_threads_that_meet_at_the_first_call(self) -> None:
+        for _ in range(30):
+            packed, x = layer(INT4, bias=False), torch.randn(1, 192, dtype=torch.bfloat16)
+            W = packed.to_matrix()
+            threads = [threading.Thread(target=packed.multiply, args=(x,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert torch.equal(packed.to_matrix(), W)
+
+    def test_no_tokens(self) -> None:
+        packed, _ = self.used()
+        with torch.no_grad():
+            assert packed(torch.empty(0, 192)).shape == (0, 128)
+            assert packed(torch.empty(2, 0, 192, dtype=torch.bfloat16)).shape == (2, 0, 128)
+
+    def test_inference_mode_leaves_ordinary_tensors(self) -> None:
+        packed = layer(INT4, bias=False)
+        state, W = {name: t.clone() for name, t in packed.state_dict().items()}, packed.to_matrix()
+        with torch.inference_mode():
+            packed(torch.randn(1, 192, dtype=torch.bfloat16))
+        packed.load_state_dict(state)
+        packed.scales.mul_(1)
+        assert torch.equal(packed.to_matrix(), W)
+
+    def test_what_was_filled_up_is_not_saved(self) -> None:
+        packed, W = self.used(72, 176)
+        state = packed.state_dict()
+        assert state["codes"].untyped_storage().nbytes() == 72 * 88
+        safetensors.torch.save(dict(state))
+        other = layer(INT4, 72, 176, bias=False)
+        other.load_state_dict(state)
+        assert torch.equal(other.to_matrix(), W)
+
+    def test_few_rows_are_not_filled_up_to_a_block(self) -> None:
+        packed = layer(INT4, rows=5, bias=False)
+        with torch.no_grad():
+            packed(torch.randn(1, 192, dtype=torch.bfloat16))
+        assert packed.codes.shape == (5, 96)
+
+    def test_another_device_gets_the_order_of_the_file(self) -> None:
+        packed, _ = self.used(72, 176)
+        assert packed.to("meta").codes.shape == (72, 88)
+
+
+def test_scales_that_are_trained_are_not_cast() -> None:
+    packed = layer(INT4, bias=False)
+    W = packed.to_matrix()
+    packed.train_scales()
+    packed.to(torch.bfloat16)
+    assert packed.scales.dtype == torch.float32
+    assert torch.equal(packed.to_matrix(), W)
+
+
+def test_an_embedding_keeps_no_float_copy() -> None:
+    plain = nn.Embedding(64, 32)
+    embedding = PackedEmbedding(plain, Grid(4, 32))
+    assert embedding._plain[0].weight.is_meta
+    assert not plain.weight.is_meta
+
+
+def test_a_bias_of_another_dtype_does_not_change_that_of_the_output() -> None:
+    packed = layer(Grid(3, 32))
+    assert packed(torch.randn(2, 192, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -183,3 +183,16 @@ def test_one_outlier_costs_only_its_own_group() -> None:
     Q = round_to_nearest(W, Grid(4, 16)).dequantize()
     assert abs(Q[0, 3] - 2000) < 150
     assert (Q[0, 16:] - W[0, 16:]).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 8), Grid(8, 0), Grid(2, 8, symmetric=False)], ids=str)
+def test_entries_whose_scales_float16_cannot_hold_are_refused(grid: Grid) -> None:
+    W = torch.randn(4, 16)
+    for rounded in (lambda W: round_to_nearest(W, grid), lambda W: gptq(W, grid, torch.eye(16))):
+        assert torch.equal(rounded(0 * W).dequantize(), 0 * W)
+        with pytest.raises(
+            ValueError, match=f"largest entry is .*: its {grid.bits}-bit scale would be lost in float16"
+        ):
+            rounded(1e-9 * W)
+    small = 1e-3 * W * grid.top
+    assert (round_to_nearest(small, grid).dequantize() - small).norm() < 0.6 * small.norm()

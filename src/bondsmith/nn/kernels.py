@@ -2,8 +2,8 @@
 
 Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row. The int4 kernel wants the codes in another order:
 blocks of 64 (AVX-512) or 32 rows, column after column, the first half of a block's rows in the low four bits and the second in
-the high ones. `to_int4_order` brings them into it, in place of the ordinary order and of the same size but for the last block and group. A
-group of a grid may be several of the kernel's, which then have the same scale.
+the high ones: `(blocks, I, block / 2)` bytes, as `to_int4_order` makes them. A group of a grid may be several of the kernel's, which then
+have the same scale.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ def has_int8(grid: Grid, out_features: int, in_features: int) -> bool:
     return plain and out_features % 16 == 0 and in_features % 16 == 0 and hasattr(torch.ops.aten, "_weight_int8pack_mm")
 
 
-def has_int4(grid: Grid, in_features: int) -> bool:
-    """Whether the int4 kernel takes such a matrix, and its order of codes is the one known here."""
-    return grid.bits == 4 and grid.codebook == "uniform" and int4_group(grid, in_features) > 0 and int4_block() > 0
+def has_int4(grid: Grid, out_features: int, in_features: int) -> bool:
+    """Whether the int4 kernel takes such a matrix, and its order of codes is the one known here.
+
+    Rows are filled up to whole blocks, columns to whole groups, each by at most a third.
+    """
+    known = grid.bits == 4 and grid.codebook == "uniform" and int4_block() > 0
+    return known and int4_group(grid, in_features) > 0 and 3 * (-out_features % int4_block()) <= out_features
 
 
 def int4_group(grid: Grid, in_features: int) -> int:
-    """The kernel's group for this grid: one that its groups are made of, with which columns are filled up least; 0 if none fits.
-
-    Filling up may add a third of the columns.
-    """
+    """The kernel's group for this grid: one that its groups are made of, with which columns are filled up least; 0 if none fits."""
     known = [g for g in _INT4_GROUPS if grid.group % g == 0 and 3 * (-in_features % g) <= in_features]
     return min(known, key=lambda g: -in_features % g, default=0)
 
@@ -63,6 +64,11 @@ def int4_group(grid: Grid, in_features: int) -> int:
 def is_aligned(tensor: Tensor) -> bool:
     """Whether a tensor starts where torch lets one start; the int8 kernel crashes on others, such as views and files in memory."""
     return tensor.data_ptr() % 64 == 0
+
+
+def is_of_this_machine(ordered: Tensor) -> bool:
+    """Whether codes in the int4 kernel's order have the blocks of this processor: others come with a model pickled elsewhere."""
+    return 2 * ordered.shape[2] == int4_block()
 
 
 def int8_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -79,8 +85,9 @@ def int4_matmul(
     `shift` is what codes of an asymmetric grid were raised by, so that few bits lie around the kernel's zero.
     """
     group, zero = int4_group(grid, x.shape[1]), 8 - (grid.offset if minima is None else shift)
-    pairs = _spread(_scale_pairs(scales, minima, zero, len(ordered)), grid, x.shape[1], 0)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(_filled(x, ordered), ordered, group, pairs)
+    rows = _filled_rows(ordered)
+    pairs = _spread(_scale_pairs(scales, minima, zero, rows), grid, x.shape[1], 0)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(_filled(x, ordered), ordered.view(rows, -1), group, pairs)
 
 
 def side_by_side(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +108,7 @@ def _scale_pairs(scales: Tensor, minima: Tensor | None, zero: float, rows: int) 
         return pairs.to(torch.bfloat16)
     wide = scales.float()
     added = wide * zero if minima is None else torch.add(minima.float(), wide, alpha=zero)
-    both = torch.empty(groups, rows, 2, dtype=torch.bfloat16)
+    both = torch.empty(groups, rows, 2, dtype=torch.bfloat16, device=scales.device)
     both[:, :given, 0], both[:, :given, 1] = wide.T, added.T
     both[:, given:] = 0
     return both
@@ -122,8 +129,12 @@ def _spread(values: Tensor, grid: Grid, in_features: int, dim: int) -> Tensor:
 
 def _filled(x: Tensor, ordered: Tensor) -> Tensor:
     """`x` with zeros for the columns that the kernel's order has more."""
-    more = 2 * ordered.shape[1] - x.shape[1]
+    more = ordered.shape[1] - x.shape[1]
     return F.pad(x, (0, more)) if more else x
+
+
+def _filled_rows(ordered: Tensor) -> int:
+    return 2 * ordered.shape[0] * ordered.shape[2]
 
 
 def fill_up(packed: Tensor, grid: Grid, in_features: int) -> Tensor:
@@ -134,20 +145,18 @@ def fill_up(packed: Tensor, grid: Grid, in_features: int) -> Tensor:
 
 
 def to_int4_order(packed: Tensor) -> Tensor:
-    """Packed rows `(O, I / 2)`, `O` whole blocks, in the kernel's order: the same shape and bytes."""
+    """Packed rows `(O, I / 2)`, `O` whole blocks, in the kernel's order `(blocks, I, block / 2)`."""
     block = int4_block()
     rows, half = packed.shape
     low, high = packed & 15, packed >> 4  # even and odd columns
     codes = torch.stack((low, high), -1).reshape(rows // block, 2, block // 2, 2 * half)
-    return (codes[:, 0] | (codes[:, 1] << 4)).transpose(1, 2).reshape(rows, half)
+    return (codes[:, 0] | (codes[:, 1] << 4)).transpose(1, 2).contiguous()
 
 
 def from_int4_order(ordered: Tensor) -> Tensor:
-    """The inverse of `to_int4_order`."""
-    block = int4_block()
-    rows, half = ordered.shape
-    split = ordered.view(rows // block, 2 * half, block // 2).transpose(1, 2)
-    codes = torch.stack((split & 15, split >> 4), 1).reshape(rows, half, 2)
+    """The inverse of `to_int4_order`, also of another machine's, whose blocks may be of another size."""
+    split = ordered.transpose(1, 2)
+    codes = torch.stack((split & 15, split >> 4), 1).reshape(_filled_rows(ordered), -1, 2)
     return codes[..., 0] | (codes[..., 1] << 4)
 
 
@@ -158,44 +167,46 @@ def int4_unpacked_matmul(
 
     Each byte holds two rows half a block apart, so the outputs of the GEMM come in pairs, and are put in order after it.
     """
-    block, (rows, columns), wide = int4_block(), (ordered.shape[0], 2 * ordered.shape[1]), x.to(gemm_dtype(x))
-    step = max(1, CHUNK // (columns * block)) * block
+    block, columns, rows, wide = 2 * ordered.shape[2], ordered.shape[1], _filled_rows(ordered), x.to(gemm_dtype(x))
+    step = max(1, CHUNK // (columns * block))
     y = x.new_empty(x.shape[0], rows)
     if minima is not None:
         lowered = torch.sub(minima.float(), scales.float(), alpha=shift)
         minima = F.pad(_spread(lowered, grid, x.shape[1], 1), (0, 0, 0, rows - len(scales)))
     scales = F.pad(_spread(scales, grid, x.shape[1], 1), (0, 0, 0, rows - len(scales)))
     wide = _filled(wide, ordered)
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
-        matrix = _columns(ordered[part], grid, scales[part], None if minima is None else minima[part], wide.dtype)
-        pairs = (wide @ matrix).view(len(x), -1, block // 2, 2)
-        y[:, part] = pairs.transpose(2, 3).reshape(len(x), -1)
+    for first in range(0, len(ordered), step):
+        blocks, part = ordered[first : first + step], slice(first * block, (first + step) * block)
+        matrix = _columns(blocks, grid, scales[part], None if minima is None else minima[part], wide.dtype)
+        pairs = (wide @ matrix).view(len(x), len(blocks), block // 2, 2)
+        y[:, part] = pairs.transpose(2, 3).reshape(len(x), len(blocks) * block)
     return y
 
 
 def _columns(ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The matrix of whole blocks as `(I, rows)`, rows in the order in which the bytes hold them; scales of the kernel's groups."""
-    block, (rows, columns), groups = int4_block(), (ordered.shape[0], 2 * ordered.shape[1]), scales.shape[1]
-    blocks = rows // block
+    (blocks, columns, half), groups = ordered.shape, scales.shape[1]
+    block = 2 * half
 
     def pairs(values: Tensor) -> Tensor:  # (rows, G) as (blocks, G, 1, block)
         return values.float().view(blocks, 2, block // 2, groups).permute(0, 3, 2, 1).reshape(blocks, groups, 1, block)
 
-    matrix = packed_levels(grid, ordered, columns).view(blocks, groups, -1, block) * pairs(scales)
+    matrix = packed_levels(grid, ordered.view(blocks * block, -1), columns).view(blocks, groups, -1, block) * pairs(
+        scales
+    )
     if minima is not None:
         matrix = matrix + pairs(minima)
-    by_column = torch.empty(columns, blocks, block, dtype=dtype)
+    by_column = torch.empty(columns, blocks, block, dtype=dtype, device=ordered.device)
     by_column.copy_(matrix.view(blocks, columns, block).transpose(0, 1))
-    return by_column.view(columns, rows)
+    return by_column.view(columns, blocks * block)
 
 
 def rows_from_int4_order(ordered: Tensor, rows: Tensor) -> Tensor:
     """The packed rows with these numbers, `(n, I / 2)` in the order of the file format, of a matrix in the kernel's order."""
-    block, half = int4_block(), ordered.shape[1]
-    place = rows % block
-    columns = ordered.view(-1, 2 * half, block // 2)[rows // block, :, place % (block // 2)]
-    codes = (columns >> (4 * (place >= block // 2)).to(torch.uint8)[:, None]) & 15
+    half = ordered.shape[2]
+    place = rows % (2 * half)
+    columns = ordered[rows // (2 * half), :, place % half]
+    codes = (columns >> (4 * (place >= half)).to(torch.uint8)[:, None]) & 15
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
@@ -203,7 +214,7 @@ def rows_from_int4_order(ordered: Tensor, rows: Tensor) -> Tensor:
 def int4_block() -> int:
     """Rows in a block of the int4 kernel's order on this machine: 64 or 32, or 0 where there is no kernel or another order."""
     try:
-        codes = torch.arange(128 * 32, dtype=torch.int32).reshape(128, 32) * 7 % 16
+        codes = torch.arange(128 * 32, dtype=torch.int32, device="cpu").reshape(128, 32) * 7 % 16
         there = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).reshape(128, 16)
     except (AttributeError, RuntimeError, NotImplementedError):
         return 0

@@ -11,15 +11,15 @@ Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bondsmith.nn import cuda_int4, kernels
-from bondsmith.tensor.packing import pack, row_bytes, unpack
+from bondsmith.nn import code_order, cuda_int4, kernels
+from bondsmith.tensor.packing import row_bytes
 from bondsmith.tensor.rounding import Grid, Rounded, packed_levels, scaled
 
 
@@ -33,8 +33,7 @@ class PackedMatrix(nn.Module):
     def __init__(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.grid, self.rows, self.columns = grid, rows, columns
-        # What the int4 kernel is given: codes of fewer bits around the middle of its own, where it is exact enough.
-        self._wide_grid, self._shift = replace(grid, bits=4), max(0, 8 - 2 ** (grid.bits - 1))
+        self._kernel_grid, self._shift = code_order.kernel_grid(grid), code_order.shift(grid)
         groups = (rows, grid.groups(columns))
         self.register_buffer(
             "codes", torch.zeros(rows, row_bytes(columns, grid.bits), dtype=torch.uint8, device=device)
@@ -43,7 +42,6 @@ class PackedMatrix(nn.Module):
         minima = None if grid.symmetric else torch.zeros(groups, dtype=torch.float16, device=device)
         self.register_buffer("minima", minima)
         self._kept: tuple[Tensor, int | None, Tensor] | None = None  # scales, their version, the same in bfloat16
-        self._order: str | None = None  # "cpu", "cuda": `codes`, as four bits, lie in the order of that int4 kernel
 
     def put(self, rounded: Rounded) -> None:
         """Takes the codes, scales and minima of a rounded matrix; ValueError if it has another shape or grid."""
@@ -54,25 +52,9 @@ class PackedMatrix(nn.Module):
             )
         self.codes, self.scales, self.minima = rounded.pack(), rounded.scales, rounded.minima
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "codes":  # whoever puts codes here brings them in the order of the file format
-            self.__dict__["_order"] = None
-        super().__setattr__(name, value)
-
-    def _packed_rows(self, rows: Tensor) -> Tensor:
-        if self._order is None:
-            return self.codes[rows]
-        if self._order == "cuda":
-            return cuda_int4.rows_from_order(self.codes, rows)
-        return self._narrow(kernels.rows_from_int4_order(self.codes, rows))
-
     def packed_codes(self) -> Tensor:
         """The packed bytes in the order of the file format."""
-        if self._order is None:
-            return self.codes
-        if self._order == "cuda":
-            return cuda_int4.from_order(self.codes)
-        return self._narrow(kernels.from_int4_order(self.codes)[: self.rows])
+        return code_order.to_file(self.codes, self.grid, self.rows, self.columns)
 
     def widen(self) -> bool:
         """Keeps codes of two and three bits as four, for torch's int4 kernel; returns whether it takes such a matrix.
@@ -81,21 +63,9 @@ class PackedMatrix(nn.Module):
         """
         if self.grid.bits not in (2, 3) or self.codes.device.type != "cpu":
             return False
-        if kernels.has_int4(self._wide_grid, self.columns):
-            self._bring_into("cpu", self._to_kernel)
-        return self._order == "cpu"
-
-    def _to_kernel(self, packed: Tensor) -> Tensor:
-        """Packed rows in the order of the CPU's int4 kernel, codes of fewer bits as four for the same levels."""
-        if self.grid.bits != 4:
-            packed = pack(unpack(packed, self.grid.bits, self.columns) + self._shift, 4)
-        return kernels.to_int4_order(kernels.fill_up(packed, self._wide_grid, self.columns))
-
-    def _narrow(self, packed: Tensor) -> Tensor:
-        """Rows of four bits, perhaps filled up, as rows of the grid's bits."""
-        if self.grid.bits == 4:
-            return packed[:, : row_bytes(self.columns, 4)]
-        return pack(unpack(packed, 4, self.columns) - self._shift, self.grid.bits)
+        if kernels.has_int4(self._kernel_grid, self.rows, self.columns):
+            self._bring_into("cpu")
+        return code_order.order(self.codes) == "cpu"
 
     def to_rounded(self) -> Rounded:
         """The rounded matrix."""
@@ -124,18 +94,28 @@ class PackedMatrix(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrix:
         """Moves like any module, but casts neither scales nor minima: `.half()` and `.to(dtype)` leave the weights as they are."""
-        before = {name: getattr(self, name) for name in ("scales", "minima") if getattr(self, name) is not None}
+        before = {name: t.detach() for name in ("scales", "minima") if (t := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
-            if new.dtype != old.dtype and not isinstance(new, nn.Parameter):
+            if new.dtype == old.dtype:
+                continue
+            if isinstance(new, nn.Parameter):
+                new.data = old.to(new.device)
+            else:
                 setattr(self, name, old.to(new.device))
+        device = self.codes.device
+        if device.type == "meta":
+            self.codes = torch.empty(
+                self.rows, row_bytes(self.columns, self.grid.bits), dtype=torch.uint8, device=device
+            )
+        elif code_order.order(self.codes) not in ("file", device.type):
+            self.codes = self.packed_codes()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._order:
-            destination[prefix + "codes"] = self.packed_codes()
+        destination[prefix + "codes"] = self.packed_codes()
         for key in (prefix + "scales", prefix + "minima"):
             if key in destination:
                 destination[key] = destination[key].contiguous()  # they may be views of one tensor
@@ -158,14 +138,15 @@ class PackedMatrix(nn.Module):
             few = low and x.shape[0] <= kernels.INT8_UP_TO
             if few and kernels.has_int8(self.grid, self.rows, self.columns):
                 if not kernels.is_aligned(self.codes):  # as read from a file
-                    self.codes = self.codes.clone()
+                    with torch.inference_mode(False):
+                        self.codes = self.codes.clone()
                 return kernels.int8_matmul(x, self.codes, self._row_scales())
-            if self._order == "cpu" or (low and kernels.has_int4(self.grid, self.columns)):
+            if code_order.order(self.codes) == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
                 return self._multiply_int4(x.contiguous())
         few = low and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
-            self._bring_into("cuda", cuda_int4.to_order)
-            return cuda_int4.matmul(x.contiguous(), self.codes, self.grid, self.scales, self.minima)
+            self._bring_into("cuda")
+            return cuda_int4.matmul(x.contiguous(), self.codes[0, 0], self.grid, self.scales, self.minima)
         y, wide = x.new_empty(x.shape[0], self.rows), x.to(kernels.gemm_dtype(x))
         codes, step = self.packed_codes(), max(1, kernels.CHUNK // self.columns)
         for first in range(0, self.rows, step):
@@ -175,28 +156,33 @@ class PackedMatrix(nn.Module):
         return y
 
     def _row_scales(self) -> Tensor:
-        """The scales of rows in bfloat16, made again when others are put or trained: making them costs a third of a product."""
+        """The scales of rows in bfloat16, made again when others are put: making them costs a third of a product."""
         scales, kept = self.scales, self._kept
-        version = None if scales.is_inference() else scales._version
-        if kept is None or kept[0] is not scales or kept[1] != version or version is None:
-            kept = self._kept = (scales, version, scales[:, 0].detach().to(torch.bfloat16))
+        if isinstance(scales, nn.Parameter) or scales.is_inference():
+            return scales[:, 0].detach().to(torch.bfloat16)
+        if kept is None or kept[0] is not scales or kept[1] != scales._version:
+            kept = self._kept = (scales, scales._version, scales[:, 0].to(torch.bfloat16))
         return kept[2]
 
     def _multiply_int4(self, x: Tensor) -> Tensor:
-        self._bring_into("cpu", self._to_kernel)
+        self._bring_into("cpu")
         few = x.dtype == torch.bfloat16 and x.shape[0] <= kernels.INT4_UP_TO
         multiply = kernels.int4_matmul if few else kernels.int4_unpacked_matmul
-        y = multiply(x, self.codes, self._wide_grid, self.scales, self.minima, self._shift)
+        y = multiply(x, self.codes, self._kernel_grid, self.scales, self.minima, self._shift)
         return y[:, : self.rows]
 
-    def _bring_into(self, order: str, convert: Callable[[Tensor], Tensor]) -> None:
-        """Has the codes, on a CPU scales and minima too, in the order of a kernel."""
-        if self._order == order:
+    def _bring_into(self, order: str) -> None:
+        """Has the codes, on a CPU scales and minima too, in the order of a kernel; each is replaced at once, as others may be reading."""
+        if code_order.order(self.codes) == order and (order != "cpu" or kernels.is_of_this_machine(self.codes)):
             return
-        self.codes = convert(self.packed_codes())
-        self._order = order
-        if order == "cpu" and self.minima is not None and not isinstance(self.minima, nn.Parameter):
-            self.scales, self.minima = kernels.side_by_side(self.scales, self.minima)
+        with torch.inference_mode(False):
+            packed = self.packed_codes()
+            if order == "cuda":
+                self.codes = code_order.to_cuda_kernel(packed)
+                return
+            self.codes = code_order.to_cpu_kernel(packed, self.grid, self.columns)
+            if self.minima is not None and not isinstance(self.minima, nn.Parameter):
+                self.scales, self.minima = kernels.side_by_side(self.scales, self.minima)
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns}, {self.grid}"
@@ -268,7 +254,7 @@ class PackedLinear(PackedMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., O)` for `x` of shape `(..., I)`, in the dtype of `x`."""
         y = self.multiply(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
     def materialise(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -282,7 +268,7 @@ class PackedLinear(PackedMatrix):
 class PackedEmbedding(PackedMatrix):
     """A rounded table of vectors; rows are unpacked as they are looked up.
 
-    `plain` is the module whose place it takes, emptied: its class and settings come back with `materialise`. Vectors are
+    `plain` is the module whose place it takes; of its class and settings, kept without weights, is what `materialise` makes. Vectors are
     multiplied by its `embed_scale`, where it has one (Gemma), and come in `dtype`, which follows `.to(dtype)`.
     """
 
@@ -301,14 +287,14 @@ class PackedEmbedding(PackedMatrix):
         self.num_embeddings, self.embedding_dim, self.padding_idx = self.rows, self.columns, plain.padding_idx
         scale = getattr(plain, "scalar_embed_scale", getattr(plain, "embed_scale", None))
         self.embed_scale = None if scale is None else float(scale)
-        self._plain = (plain,)  # in a tuple: no submodule
+        self._plain = (_emptied(plain),)  # in a tuple: no submodule
         like = torch.empty(0, device=device, dtype=dtype or plain.weight.dtype)
         self.register_buffer("_like", like, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """`(..., I)` for integers of any shape."""
         flat = ids.reshape(-1)
-        codes = self._packed_rows(flat)
+        codes = code_order.packed_rows(self.codes, flat, self.grid, self.columns)
         minima = None if self.minima is None else self.minima[flat]
         dtype = self._like.dtype
         rows = self._rows(codes, self.scales[flat], minima, dtype).view(*ids.shape, self.columns)
@@ -317,13 +303,21 @@ class PackedEmbedding(PackedMatrix):
     @torch.no_grad()
     def materialise(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """The embedding it stands for, filled."""
-        plain = self._plain[0]
+        plain = _emptied(self._plain[0])
         plain.weight = nn.Parameter(self.to_matrix(dtype))
         if isinstance(
             getattr(plain, "embed_scale", None), Tensor
         ):  # a model that is being loaded has it on the meta device
             plain.embed_scale = torch.tensor(self.embed_scale, device=self.codes.device)
         return plain
+
+
+def _emptied(plain: nn.Embedding) -> nn.Embedding:
+    """A copy without its weights; the module itself keeps them."""
+    other = copy.copy(plain)
+    other._parameters, other._buffers = dict(plain._parameters), dict(plain._buffers)
+    other.weight = nn.Parameter(torch.empty_like(plain.weight, device="meta"), requires_grad=False)
+    return other
 
 
 class PackedHead(nn.Module):
@@ -345,7 +339,7 @@ class PackedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., vocabulary)` for hidden states `(..., I)`."""
         y = self.embedding.multiply(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def widen(model: nn.Module) -> int:

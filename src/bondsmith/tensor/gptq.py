@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bondsmith.tensor.checks import check_matrix, check_moment
 from bondsmith.tensor.metric import damped
-from bondsmith.tensor.rounding import LARGEST_SCALE, Grid, Rounded, as_half, find_scale
+from bondsmith.tensor.rounding import LARGEST_SCALE, Grid, Rounded, as_half, check_not_tiny, find_scale
 
 DAMPING = 1e-2  # of the mean diagonal: the usual one of GPTQ
 SWEEPS = 2
@@ -47,7 +47,7 @@ def gptq(
         sweeps: rounds of fitting scales and moving codes after the first pass; 0 is plain GPTQ.
 
     Raises:
-        ValueError: bad weight or moment, or an entry beyond float16 scales.
+        ValueError: bad weight or moment, or entries beyond float16 scales, too large or all too small.
 
     >>> W, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
     >>> C, grid = x.T @ x / 100, Grid(3, 16)
@@ -57,6 +57,7 @@ def gptq(
     True
     """
     check_matrix(weight)
+    check_not_tiny(weight, grid)
     check_moment(input_moment, weight.shape[1], "input moment")
     H = damped(input_moment, damping)
     if float(H.diagonal().max()) <= 0:  # nothing was ever read: every direction alike

@@ -20,6 +20,7 @@ from bondsmith.tensor.packing import pack, row_bytes, unpack
 BITS = (2, 3, 4, 8)
 CODEBOOKS = ("uniform", "nf4")
 LARGEST_SCALE = 65504.0  # of float16
+SMALLEST_SCALE = 2.0**-22  # four times the smallest float16
 # The normal-float levels of QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (
     -1.0,
@@ -218,13 +219,14 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, moment: Tensor | None = None
         search: False takes the scale from the largest entry of each group, as plain rounding does.
 
     Raises:
-        ValueError: an entry is not finite, or so large that its scale is no float16 number.
+        ValueError: an entry is not finite, or all are so large or so small that their scales are no float16 numbers.
 
     >>> rounded = round_to_nearest(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Grid(2, 4, symmetric=False))
     >>> rounded.codes.tolist(), rounded.dequantize().tolist()
     ([[0, 1, 2, 3]], [[0.0, 1.0, 2.0, 3.0]])
     """
     check_matrix(weight)
+    check_not_tiny(weight, grid)
     W = weight.to(torch.float32)
     codes, scales, minima = torch.empty(W.shape, dtype=torch.uint8, device=W.device), [], []
     for columns in grid.slices(W.shape[1]):
@@ -279,6 +281,16 @@ def check_scale(largest: Tensor) -> None:
         raise ValueError(
             f"an entry or scale of {float(largest.max()):.4g} is beyond float16 (65504), in which scales are stored; "
             "keep this matrix unrounded"
+        )
+
+
+def check_not_tiny(weight: Tensor, grid: Grid) -> None:
+    """Nothing, or ValueError if all entries are so small that float16 has no scale for them; zeros alone are well."""
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if 0 < largest < SMALLEST_SCALE * grid.top:
+        raise ValueError(
+            f"the largest entry is {largest:.4g}: its {grid.bits}-bit scale would be lost in float16 (spacing 6e-8), in which "
+            "scales are stored; keep this matrix unrounded"
         )
 
 
