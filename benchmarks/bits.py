@@ -5,7 +5,8 @@
 
 MODEL is a directory or a hub id of a model with full-precision weights. Every matrix of the blocks, the embedding and the head are
 rounded; bytes count all of them, scales included, everything else at two bytes. The rivals: rounding to nearest as it comes, with
-searched scales, HQQ and bitsandbytes from their packages (left out, with a line, where not installed), GPTQ as published. "ours" adds
+searched scales, HQQ and NF4 from their packages (left out, with a line, where not installed), int8 by the rule of bitsandbytes, GPTQ as
+published. "ours" adds
 fitted scales and moved codes; with `--depth` also inside the depth-order pass of `bondsmith compress`, where later blocks make up for
 earlier ones. `--shares` compares `bondsmith compress --bytes SHARE` with the two plain quantizers next to that share of the fp32 bytes,
 one that just fits and one that is just larger, each in all these ways (with `--depth` in depth order, too). A model whose weights lie on
