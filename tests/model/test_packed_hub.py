@@ -21,6 +21,7 @@ from bondsmith.model.checkpoint import open_compressed, write_config, write_inde
 from bondsmith.model.digest import DamagedError, digest
 from bondsmith.model.hub import BondsmithConfig, attach, pack_embedding, packed_section
 from bondsmith.model.source import open_source
+from bondsmith.nn import kernels
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, saved_state
 from bondsmith.stages.quality import Streamed
@@ -235,3 +236,35 @@ def test_a_digest_sees_every_bit() -> None:
     other[2, 4] = 1
     assert digest(codes) != digest(other)
     assert digest(torch.ones(2, dtype=torch.bfloat16)) == digest(torch.ones(2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 32, symmetric=False), Grid(4, 64), Grid(3, 32)], ids=str)
+def test_memory_stays_that_of_the_file_once_kernels_were_used(grid: Grid, tmp_path: Path) -> None:
+    """Rows (gate and up: 88) and columns (down: 88) are no multiples of the int4 kernel's blocks and groups."""
+    model = tiny_model("llama", tie_word_embeddings=True, intermediate_size=88).to(torch.bfloat16)
+    attach(model, pack(model, grid, Grid(4, 32)))
+    model.save_pretrained(tmp_path)
+    again, before = bondsmith.load(tmp_path), logits(model)
+    assert torch.allclose(logits(again).float(), before.float(), atol=0.02 * float(before.abs().max()))
+    held = {t.data_ptr(): t.nbytes for t in (*again.parameters(), *again.buffers()) if t.numel()}
+    stored = sum(t.nbytes for file in tmp_path.glob("*.safetensors") for t in load_file(file).values())
+    assert sum(held.values()) <= 1.05 * stored
+    again.save_pretrained(tmp_path / "again")
+    for file in tmp_path.glob("*.safetensors"):
+        kept, there = load_file(file), load_file(tmp_path / "again" / file.name)
+        assert all(torch.equal(kept[name], there[name]) for name in kept)
+
+
+def test_a_widened_model_says_the_same_and_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True).to(torch.bfloat16)
+    attach(model, pack(model, Grid(3, 32, symmetric=False), Grid(2, 32)))
+    model.save_pretrained(tmp_path)
+    plain, wide = bondsmith.load(tmp_path), bondsmith.load(tmp_path, widen=True)
+    sizes = [sum(m.codes.nbytes for m in x.modules() if isinstance(m, PackedMatrix)) for x in (plain, wide)]
+    assert (sizes[1] > sizes[0]) == (kernels.int4_block() > 0)
+    assert torch.allclose(logits(plain).float(), logits(wide).float(), atol=0.03 * float(logits(plain).abs().max()))
+    wide.save_pretrained(tmp_path / "again")
+    for file in tmp_path.glob("*.safetensors"):
+        kept, there = load_file(file), load_file(tmp_path / "again" / file.name)
+        assert kept.keys() == there.keys()
+        assert all(torch.equal(kept[name], there[name]) for name in kept)
