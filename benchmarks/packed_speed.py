@@ -1,4 +1,9 @@
-"""File, memory and speed of a model packed to few bits, against bfloat16, planned models and other packages; the `--speed` of `bits.py`."""
+"""File, memory and speed of a model packed to few bits, against bfloat16, planned models and other packages; the `--speed` of `bits.py`.
+
+    python benchmarks/packed_speed.py MODEL [--rounds 9]
+
+prints the limit of decoding alone: all matrix products of a token, one after the other as in the model, by modules and by bare kernels.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +11,23 @@ import argparse
 import copy
 import gc
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from bondsmith.model.blocks import find_blocks, matrices, weight
 from bondsmith.model.hub import BondsmithConfig, attach, load, pack_embedding, packed_section
-from bondsmith.nn.packed import PackedEmbedding, PackedLinear, PackedMatrix
+from bondsmith.nn import kernels
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix
 from bondsmith.stages.speed import _decode, time_prefill
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 
@@ -141,3 +150,65 @@ def show_speeds(rows: list[dict[str, Any]]) -> None:
         cells = (file, f"{row['resident'] / 1e6:.1f}", f"{row['prefill']:.0f}", f"{row['decode']:.1f}", ratios)
         table.add_row(row["model"], *cells)
     Console(width=120).print(table)
+
+
+def products(model: PreTrainedModel, bare: bool) -> float:
+    """Returns the seconds of all matrix products of one token; `bare` by kernels whose scales are ready, not by modules."""
+    calls: list[Callable[[], Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            x = torch.randn(1, module.in_features, dtype=torch.bfloat16)
+            calls.append(partial(F.linear if bare else module, x, *([module.weight] if bare else [])))
+        elif isinstance(module, PackedLinear | PackedHead):
+            x = torch.randn(1, module.in_features, dtype=torch.bfloat16)
+            matrix = module.embedding if isinstance(module, PackedHead) else module
+            module(x)  # brings codes into the order of the kernel
+            calls.append(_kernel(matrix, x) if bare else partial(module, x))
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+def _kernel(matrix: PackedMatrix, x: Tensor) -> Callable[[], Tensor]:
+    grid, ops = matrix.grid, torch.ops.aten
+    if grid.bits == 8:
+        return partial(
+            ops._weight_int8pack_mm, x, matrix.codes.view(torch.int8), matrix.scales[:, 0].to(torch.bfloat16)
+        )
+    scales = kernels.int4_scales(matrix.codes, grid, matrix.scales, matrix.minima, matrix.columns)
+    codes = matrix.codes.view(scales.shape[1], -1)
+    return partial(ops._weight_int4pack_mm_for_cpu, x, codes, kernels.int4_group(grid, matrix.columns), scales)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    plain = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    models = {
+        "int8, per row": packed_model(plain, Grid(8, 0)),
+        f"int4, group {options.group}": packed_model(plain, Grid(4, options.group, symmetric=False)),
+    }
+    models = {"bfloat16": plain.to(torch.bfloat16), **models}
+    found: dict[tuple[str, bool], list[float]] = {}
+    with torch.no_grad():
+        for _ in range(options.rounds + 1):
+            for name, model in models.items():
+                for bare in (False, True):
+                    found.setdefault((name, bare), []).append(products(model, bare))
+    table = Table("products of one token", "modules, ms", "bare kernels, ms", "of bfloat16")
+    for name in models:
+        cells = [statistics.median(found[name, bare][1:]) * 1e3 for bare in (False, True)]
+        ratios = [
+            statistics.median(a / b for a, b in zip(found["bfloat16", bare][1:], found[name, bare][1:], strict=True))
+            for bare in (False, True)
+        ]
+        table.add_row(name, *(f"{ms:.1f}" for ms in cells), ", ".join(f"{ratio:.2f}" for ratio in ratios))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -84,10 +84,17 @@ def int4_matmul(
 
     `shift` is what codes of an asymmetric grid were raised by, so that few bits lie around the kernel's zero.
     """
-    group, zero = int4_group(grid, x.shape[1]), 8 - (grid.offset if minima is None else shift)
-    rows = _filled_rows(ordered)
-    pairs = _spread(_scale_pairs(scales, minima, zero, rows), grid, x.shape[1], 0)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(_filled(x, ordered), ordered.view(rows, -1), group, pairs)
+    pairs = int4_scales(ordered, grid, scales, minima, x.shape[1], shift)
+    codes = ordered.view(_filled_rows(ordered), -1)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(_filled(x, ordered), codes, int4_group(grid, x.shape[1]), pairs)
+
+
+def int4_scales(
+    ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, in_features: int, shift: int = 0
+) -> Tensor:
+    """What the int4 kernel multiplies by and adds, `(G, rows of whole blocks, 2)` bfloat16."""
+    zero = 8 - (grid.offset if minima is None else shift)
+    return _spread(_scale_pairs(scales, minima, zero, _filled_rows(ordered)), grid, in_features, 0)
 
 
 def side_by_side(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +104,7 @@ def side_by_side(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scale_pairs(scales: Tensor, minima: Tensor | None, zero: float, rows: int) -> Tensor:
-    """What the int4 kernel multiplies by and adds, `(G, rows, 2)`: `scale` and `minimum + zero * scale`.
+    """`scale` and `minimum + zero * scale` of the grid's groups, `(G, rows, 2)`.
 
     Made in place, as operations count when one token is decoded.
     """
