@@ -55,6 +55,7 @@ def has_int4(grid: Grid, out_features: int, in_features: int) -> bool:
     return known and int4_group(grid, in_features) > 0 and 3 * (-out_features % int4_block()) <= out_features
 
 
+@cache
 def int4_group(grid: Grid, in_features: int) -> int:
     """The kernel's group for this grid: one that its groups are made of, with which columns are filled up least; 0 if none fits."""
     known = [g for g in _INT4_GROUPS if grid.group % g == 0 and 3 * (-in_features % g) <= in_features]
@@ -111,8 +112,8 @@ def _scale_pairs(scales: Tensor, minima: Tensor | None, zero: float, rows: int) 
     given, groups = scales.shape
     if minima is not None and _lie_side_by_side(scales, minima, rows):
         pairs = scales.as_strided((groups, rows, 2), (2 * rows, 2, 1)).float()
-        pairs[..., 1].add_(pairs[..., 0], alpha=zero)
-        return pairs.to(torch.bfloat16)
+        pairs.select(2, 1).add_(pairs.select(2, 0), alpha=zero)
+        return pairs.bfloat16()
     wide = scales.float()
     added = wide * zero if minima is None else torch.add(minima.float(), wide, alpha=zero)
     both = torch.empty(groups, rows, 2, dtype=torch.bfloat16, device=scales.device)
