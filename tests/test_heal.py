@@ -196,7 +196,7 @@ def rounded(small: Path, place: Path, grid: Grid) -> Path:
             packed[core] = grid.to_json()
             tensors |= {f"{core}.{leaf}": t for leaf, t in round_to_nearest(tensors.pop(name), grid).tensors().items()}
         write_shard(place / shard, tensors)
-    config["quantization_config"]["packed"] = packed
+    config["quantization_config"] |= {"packed": packed, "checksum": None}
     (place / "config.json").write_text(json.dumps(config))
     write_index(place, shards)
     return place

@@ -164,6 +164,19 @@ def test_a_file_cut_short_is_an_error(written: Path) -> None:
         bondsmith.load(written)
 
 
+def test_an_altered_grid_is_an_error(written: Path) -> None:
+    file = written / "config.json"
+    config = json.loads(file.read_text())
+    grid = config["quantization_config"]["packed"]["model.embed_tokens"]
+    assert (grid["bits"], grid["symmetric"]) == (4, True)
+    grid["codebook"] = "nf4"  # other weights of the same bytes
+    file.write_text(json.dumps(config))
+    with pytest.raises(DamagedError, match=r"config.json: networks and grids .* do not have the checksum"):
+        bondsmith.load(written)
+    with pytest.raises(DamagedError, match="checksum"):
+        open_compressed(written)
+
+
 @pytest.mark.parametrize("what", ["tensor", "checksum"])
 def test_a_lost_tensor_or_checksum_is_an_error(written: Path, what: str) -> None:
     file = written / "bondsmith-00002-of-00002.safetensors"

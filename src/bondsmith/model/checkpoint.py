@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from bondsmith.model import digest
-from bondsmith.model.hub import FORMAT, METHOD
+from bondsmith.model.hub import BondsmithConfig
 from bondsmith.model.source import ModelError, Source
 
 INDEX = "bondsmith.safetensors.index.json"
@@ -118,13 +118,7 @@ def write_config(
     architecture = _architecture(source)
     config.architectures = [architecture]
     config.dtype = dtype
-    config.quantization_config = {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "weights_file": INDEX,
-        "networks": {name: dict(network) for name, network in networks.items()},
-        "packed": {name: dict(grid) for name, grid in (packed or {}).items()},
-    }
+    config.quantization_config = BondsmithConfig(networks, INDEX, packed).to_dict()
     config.auto_map = {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.Bondsmith{architecture}"}
     write_text(directory / SHIM, _SHIM_CODE.format(architecture=architecture))
     if (source.path / "generation_config.json").is_file():
@@ -154,11 +148,12 @@ class Bondsmith{architecture}({architecture}):
 
 
 def open_compressed(directory: Path) -> Source:
-    """Returns the `Source` of a directory that bondsmith wrote; ModelError if it is none."""
+    """Returns the `Source` of a directory that bondsmith wrote; ModelError if it is none, DamagedError if its config.json was altered."""
     index = directory / INDEX
     if not index.is_file() or not (directory / "config.json").is_file():
         raise ModelError(f"{directory} is not a model that bondsmith wrote: it has no {INDEX}")
     config = AutoConfig.from_pretrained(directory)
+    BondsmithConfig.from_dict(config.quantization_config)  # compares its checksum
     places = {name: (directory / file, name) for name, file in json.loads(index.read_text())["weight_map"].items()}
     files = tuple(sorted({file for file, _ in places.values()}))
     return Source(str(directory), directory, config, places, config.dtype, files, sum(f.stat().st_size for f in files))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,15 @@ def digest(tensor: Tensor) -> str:
     """
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().data).hexdigest()[:16]
+
+
+def digest_of_json(content: Any) -> str:
+    """Returns the checksum of what JSON can hold; the order of keys does not matter.
+
+    >>> digest_of_json({"a": (1, 2), "b": None}) == digest_of_json({"b": None, "a": [1, 2]})
+    True
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:

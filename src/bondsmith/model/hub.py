@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bondsmith.model.blocks import shape
-from bondsmith.model.digest import check_files, metadata
+from bondsmith.model.digest import DamagedError, check_files, digest_of_json, metadata
 from bondsmith.model.source import skeleton
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
@@ -64,6 +64,17 @@ class BondsmithConfig(QuantizationConfigMixin):
                 f"this model was written in bondsmith format {self.format}, this bondsmith reads up to {FORMAT}: "
                 "pip install --upgrade bondsmith"
             )
+        written = kwargs.pop("checksum", None)
+        if written not in (None, self.checksum):
+            raise DamagedError(
+                "config.json: networks and grids in quantization_config do not have the checksum written with them "
+                f"({written}, now {self.checksum}); fetch the file again"
+            )
+
+    @property
+    def checksum(self) -> str:
+        """Of `networks` and `packed`: with other grids the same bytes would be other weights."""
+        return digest_of_json([self.networks, self.packed])
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the entry `quantization_config` of config.json."""
@@ -73,6 +84,7 @@ class BondsmithConfig(QuantizationConfigMixin):
             "weights_file": self.weights_file,
             "networks": self.networks,
             "packed": self.packed,
+            "checksum": self.checksum,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
