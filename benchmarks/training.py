@@ -6,7 +6,9 @@ DIR is what `bondsmith compress MODEL` wrote; `--keep 0.3` instead takes random 
 turn, in one process: forward, backward and the optimizer's step, cross entropy, embedding and head frozen, Adam for the original, what
 `bondsmith heal` uses for the compressed one. The limit is the ratio of the multiply-adds of a step: trained matrices three times (forward,
 gradient of the inputs, of the weights), frozen ones and the head twice, attention scores three times; a network in the form it is trained
-in, k (O + I). Memory is the peak of a process of its own that takes two steps, less what it held before.
+in, k (O + I). Matrix products are timed by torch's profiler in a step of their own: what is left is attention, norms, activations and the
+softmax over the vocabulary, alike in both, which no network makes less. Memory is the peak of a process of its own that takes two steps,
+less what it held before.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from bondsmith.model.blocks import find_blocks, matrices, shape
@@ -71,6 +74,16 @@ class Student:
         middle = time.perf_counter()
         self.optimizer.step()
         return middle - start, time.perf_counter() - middle
+
+    def products(self, ids: Tensor) -> float:
+        """Returns the seconds of a step in matrix products, those of the optimizer left out."""
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            self.step(ids)
+        events = seen.events() or ()
+        optimizer = [e.time_range for e in events if e.name.startswith("Optimizer.step#")]
+        products = [e for e in events if e.name in ("aten::mm", "aten::bmm", "aten::addmm")]
+        outside = [e for e in products if not any(t.start <= e.time_range.start < t.end for t in optimizer)]
+        return sum(e.self_cpu_time_total for e in outside) / 1e6
 
 
 def ends(model: Any) -> set[str]:
@@ -157,7 +170,8 @@ def main() -> None:
         for one in students:
             one.step(ids)
         rounds = [[s.step(ids) for s in students] for _ in range(options.rounds)]
-    show(options, students, work, memory, rounds)
+        products = [s.products(ids) for s in students]
+    show(options, students, work, memory, rounds, products)
 
 
 def show(
@@ -166,6 +180,7 @@ def show(
     work: list[int],
     memory: list[int],
     rounds: list[list[tuple[float, float]]],
+    products: list[float],
 ) -> None:
     table = Table(
         "",
@@ -181,6 +196,7 @@ def show(
         )
 
     row("forward and backward", [1000 * statistics.median(r[i][0] for r in rounds) for i in (0, 1)], "ms")
+    row("of it products of matrices", [1000 * seconds for seconds in products], "ms")
     row("optimizer", [1000 * statistics.median(r[i][1] for r in rounds) for i in (0, 1)], "ms")
     row("step", [1000 * statistics.median(sum(r[i]) for r in rounds) for i in (0, 1)], "ms")
     row("multiply-adds a token", [w / 1e6 for w in work], "M")

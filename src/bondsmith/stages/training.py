@@ -12,7 +12,7 @@ relative to the size of its own entries: cores of one model differ a hundredfold
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
 _DENSE = (nn.Linear, nn.Embedding, Conv1D)
 _STRIP = 256  # rows of a core that are made orthogonal to each other
+_TOGETHER = 2**24  # numbers of cores that are levelled together
+_TINY = 1e-18  # of norms that are divided by; its square is a float32
 _SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
 # Odd quintics one after the other, each the best for what the one before leaves (Amsel et al. 2025), by linear programming on a grid:
 # singular values from 0.003 to 1 come within 0.2 of 1
@@ -123,13 +125,35 @@ class Steps(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Moves every parameter that has a gradient; `scale` is the share of the full rate."""
+        cores = []
         for parameter, group in self._all():
             if parameter.grad is None:
                 continue
-            state = self.state[parameter]
-            state["step"] += 1
-            change = _core_change(parameter, state) if group["core"] else _adam_change(parameter, state)
-            _part(parameter).add_(change, alpha=-group["lr"] * self.scale)
+            self.state[parameter]["step"] += 1
+            if group["core"]:
+                cores.append((parameter, group))
+            else:
+                self._move(parameter, group, _adam_change(parameter, self.state[parameter]))
+        for batch in _alike(cores):
+            ahead = [_ahead(parameter, self.state[parameter]) for parameter, _ in batch]
+            for (parameter, group), change in zip(batch, _level(ahead), strict=True):
+                self._move(parameter, group, _share(change, parameter))
+
+    def _move(self, parameter: Tensor, group: dict[str, Any], change: Tensor) -> None:
+        _part(parameter).add_(change, alpha=-group["lr"] * self.scale)
+
+
+def _alike(cores: list[tuple[nn.Parameter, dict[str, Any]]]) -> Iterator[list[tuple[nn.Parameter, dict[str, Any]]]]:
+    """Yields cores of the same small side together, up to `_TOGETHER` numbers; on every process the same ones in the same order."""
+    batch: list[tuple[nn.Parameter, dict[str, Any]]] = []
+    for core in sorted(cores, key=lambda core: min(core[0].shape)):
+        sizes = [parameter.numel() for parameter, _ in (*batch, core)]
+        if batch and (min(batch[0][0].shape) != min(core[0].shape) or sum(sizes) > _TOGETHER):
+            yield batch
+            batch = []
+        batch.append(core)
+    if batch:
+        yield batch
 
 
 def _part(tensor: Tensor) -> Tensor:
@@ -137,51 +161,63 @@ def _part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _core_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _ahead(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """Takes the gradient into the momentum; returns both mixed, of the whole core: every process levels all of it."""
     assert parameter.grad is not None
     gradient, momentum = _part(parameter.grad), _part(state["momentum"])
     momentum.lerp_(gradient, 1 - MOMENTUM)
     ahead = gradient.lerp(momentum, MOMENTUM)
     if not isinstance(parameter, DTensor):
-        return _level(ahead)
-    # every process orthogonalises the whole core and keeps its part of the result
+        return ahead
     mesh, places = parameter.device_mesh, parameter.placements
-    whole = DTensor.from_local(
-        ahead, mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    ).full_tensor()
-    return distribute_tensor(_level(whole), mesh, places, src_data_rank=None).to_local()
+    parts = DTensor.from_local(ahead, mesh, places, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    whole: Tensor = parts.full_tensor()
+    return whole
 
 
-def _level(matrix: Tensor) -> Tensor:
-    """Returns the orthogonal polar factor of a matrix, nearly, scaled to entries of root mean square 1.
+def _share(change: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a change of the whole core that this process makes."""
+    if not isinstance(parameter, DTensor):
+        return change
+    return distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+
+def _level(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the orthogonal polar factors of matrices of the same small side, nearly, scaled to entries of root mean square 1.
 
     The small side is dealt into strips of at most `_STRIP`, each levelled by itself: what a strip costs grows with its square or cube.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if tall else matrix
-    strips = wide.tensor_split(-(-len(wide) // _STRIP)) if len(wide) else (wide,)
-    level = torch.cat([_level_strip(strip) for strip in strips])
-    return level.T if tall else level
+    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    if not len(wide[0]):
+        return list(matrices)
+    levels = [
+        _level_strips(strips) for strips in zip(*(x.tensor_split(-(-len(x) // _STRIP)) for x in wide), strict=True)
+    ]
+    found = [torch.cat(strips) if len(strips) > 1 else strips[0] for strips in zip(*levels, strict=True)]
+    return [y if y.shape == matrix.shape else y.T for y, matrix in zip(found, matrices, strict=True)]
 
 
-def _level_strip(x: Tensor) -> Tensor:
-    """Returns what `_level` does of a strip at least as wide as high; all steps are on its Gram matrix, whose polynomials commute."""
-    x = x / (x.norm() + 1e-12)
-    gram = x @ x.T
+def _level_strips(strips: Sequence[Tensor]) -> list[Tensor]:
+    """Returns what `_level` does of strips of the same height; all steps are on their Gram matrices, whose polynomials commute."""
+    gram = torch.stack([x @ x.T for x in strips])
+    norms = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() + _TINY
+    start = gram = gram / norms.square()[:, None, None]
     square = gram @ gram
-    bound = square.norm().sqrt() + 1e-12  # just above the largest eigenvalue
+    bound = (square.norm(dim=(-2, -1)).sqrt() + 1e-12)[:, None, None]  # just above the largest eigenvalue
     gram, square = gram / bound, square / bound.square()
     product = None
     for k, (a, b, c) in enumerate(_QUINTICS):
         factor = (b * gram).add_(square, alpha=c)
-        factor.diagonal().add_(a)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = factor if product is None else factor @ product
         if k + 1 < len(_QUINTICS):
             gram = factor @ gram @ factor
             square = gram @ gram
     assert product is not None
-    x = product @ x
-    return x / (x.square().mean().sqrt() + 1e-12)
+    sizes = ((product @ start) * product).sum((-2, -1)).clamp_min(0).sqrt() * norms  # Frobenius norms of what comes out
+    counts = sizes.new_tensor([x.numel() for x in strips])
+    product = product * (counts.sqrt() / (sizes + _TINY))[:, None, None]
+    return [y @ x for y, x in zip(product, strips, strict=True)]
 
 
 def _adam_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:

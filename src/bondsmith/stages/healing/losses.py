@@ -79,15 +79,19 @@ def token_sums(logits_WTV: Tensor, ids_WT: Tensor, counts_WT: Tensor, teacher: T
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """The log-probabilities of some words at some places: `(logits - logsumexp)[places, words]`, float32.
+    """The log-probabilities of some words at some places: `(logits - logsumexp)[places, words]`, float32; places rise.
 
     Autograd's own way, by `log_softmax`, an index and a gather, writes six arrays as large as the logits; this one their gradient alone.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, places_N: Tensor, words_NK: Tensor) -> Tensor:
-        parts = places_N.split(max(1, _AT_ONCE // logits_MV.shape[-1]))
-        sizes_N = torch.cat([logits_MV[part].float().logsumexp(-1) for part in parts])
+        sizes = [
+            logits_MV[rows].float().logsumexp(-1)[places_N[counted] - rows.start]
+            for rows, counted in _pieces(logits_MV, places_N)
+            if counted.start < counted.stop
+        ]
+        sizes_N = torch.cat(sizes) if sizes else places_N.new_empty(0, dtype=torch.float32)
         ctx.save_for_backward(logits_MV, places_N, words_NK, sizes_N)
         return logits_MV[places_N[:, None], words_NK].float() - sizes_N[:, None]
 
@@ -95,11 +99,29 @@ class _LogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor, None, None]:
         logits_MV, places_N, words_NK, sizes_N = ctx.saved_tensors
         total_N = gradient_NK.sum(-1)
-        gradient_MV = torch.zeros_like(logits_MV)
-        at_once = max(1, _AT_ONCE // logits_MV.shape[-1])
-        for first in range(0, len(places_N), at_once):
-            rows = slice(first, first + at_once)
-            part = logits_MV[places_N[rows]].float().sub_(sizes_N[rows, None]).exp_().mul_(-total_N[rows, None])
-            part.scatter_add_(-1, words_NK[rows], gradient_NK[rows])
-            gradient_MV[places_N[rows]] = part.to(logits_MV.dtype)
+        gradient_MV = torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
+        wide = gradient_MV.dtype == torch.float32
+        for rows, counted in _pieces(logits_MV, places_N):
+            part = gradient_MV[rows]
+            if counted.start == counted.stop:
+                part.zero_()
+                continue
+            there = places_N[counted] - rows.start
+            size_R = sizes_N.new_full((len(part),), torch.inf).index_copy_(0, there, sizes_N[counted])  # others: exp 0
+            total_R = total_N.new_zeros(len(part)).index_copy_(0, there, total_N[counted])
+            found = torch.sub(logits_MV[rows], size_R[:, None], out=part if wide else None)
+            found.exp_().mul_(-total_R[:, None])
+            flat = there[:, None] * found.shape[1] + words_NK[counted]
+            found.view(-1).scatter_add_(0, flat.flatten(), gradient_NK[counted].flatten())
+            if not wide:
+                part.copy_(found)
         return gradient_MV, None, None
+
+
+def _pieces(logits_MV: Tensor, places_N: Tensor) -> list[tuple[slice, slice]]:
+    """Returns some rows of the logits at a time, and the rising places that lie among them."""
+    at_once = max(1, _AT_ONCE // logits_MV.shape[-1])
+    edges = [*range(0, len(logits_MV), at_once), len(logits_MV)]
+    counts = torch.searchsorted(places_N, torch.tensor(edges, device=places_N.device)).tolist()
+    bounds = zip(edges, edges[1:], counts, counts[1:], strict=False)
+    return [(slice(first, last), slice(low, high)) for first, last, low, high in bounds]
