@@ -1,64 +1,34 @@
-"""bondsmith heal: closer to the original, never half a model on disk, the same bytes however often it was killed, clear about bad input."""
+"""bondsmith heal: closer to the original, and clear about bad input."""
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import signal
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import save_tiny, tiny_model, tiny_tokenizer, write_text
+from heal_cases import SETTINGS, heal, make_home, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import bondsmith
-from bondsmith import cli
 from bondsmith.data import DataError
 from bondsmith.model.checkpoint import write_index, write_shard
 from bondsmith.model.source import ModelError
 from bondsmith.recipe import Recipe, RecipeError, grid_of, read_settings
-from bondsmith.rundir import RunError
 from bondsmith.stages.healing import loop
 from bondsmith.stages.healing.losses import Sums
 from bondsmith.stages.healing.settings import HealError, HealSettings
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 
-SETTINGS: dict[str, Any] = {
-    "tokens": 5120,
-    "window": 64,
-    "batch": 8,
-    "micro_batch": 4,
-    "learning_rate": 0.01,
-    "validate_every": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, a text and the compressed model."""
-    path = tmp_path_factory.mktemp("heal")
-    save_tiny(path / "model")
-    write_text(path / "text.txt", 8000)
-    shared = {"evaluation": [str(path / "text.txt")], "window": 64, "evaluation_windows": 2}
-    bondsmith.compress(path / "model", path / "small", keep=0.3, uniform=True, metric="frobenius", **shared)
-    return path
-
-
-def heal(home: Path, out: Path, **changes: Any) -> bondsmith.Healed:
-    return bondsmith.heal(home / "small", out, **({"data": [str(home / "text.txt")]} | SETTINGS | changes))
-
-
-def weights(directory: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in sorted(directory.glob("bondsmith-*"))}
+    return make_home(tmp_path_factory.mktemp("heal"))
 
 
 def test_it_comes_closer_to_the_original(home: Path, tmp_path: Path) -> None:
@@ -244,98 +214,6 @@ def test_training_with_the_rounding_simulated_loses_less_when_it_comes(home: Pat
     assert lost[1] < 0.95 * lost[0]
 
 
-# interrupted
-
-
-def command(home: Path, out: Path, *more: str) -> list[str]:
-    given = [f"--{k.replace('_', '-')}={v}" for k, v in SETTINGS.items()]
-    return [
-        "heal",
-        str(home / "small"),
-        "--data",
-        str(home / "text.txt"),
-        "--out",
-        str(out),
-        *given,
-        "--no-evaluate",
-        *more,
-    ]
-
-
-def run_cli(arguments: list[str], slow: float) -> None:
-    torch.set_num_threads(1)
-    sys.argv = ["bondsmith", *arguments]
-    step = loop.Loop._train_step
-
-    def slower(self: Any, due: bool) -> Any:
-        time.sleep(slow)
-        return step(self, due)
-
-    loop.Loop._train_step = slower  # type: ignore[method-assign]
-    with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
-        cli.main()
-
-
-def kill_when(arguments: list[str], reached: Callable[[], bool]) -> bool:
-    child = multiprocessing.get_context("fork").Process(target=run_cli, args=(arguments, 0.05))
-    child.start()
-    assert child.pid is not None
-    while child.is_alive():
-        if reached():
-            os.kill(child.pid, signal.SIGKILL)
-            break
-        time.sleep(0.0005)
-    child.join()
-    return child.exitcode == -signal.SIGKILL
-
-
-def test_killed_again_and_again_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
-    whole = heal(home, tmp_path / "whole", evaluate=False)
-    out, work = tmp_path / "out", tmp_path / "out.partial" / "work"
-
-    def step() -> int:
-        return json.loads((work / "latest.json").read_text())["step"] if (work / "latest.json").is_file() else -1
-
-    moments: list[Callable[[], bool]] = [
-        lambda: next(work.glob("teacher-*/*.safetensors"), None) is not None,
-        lambda: step() == 2,
-        lambda: (work / "state-00000004").is_dir(),
-        lambda: step() == 6,
-        lambda: (work / "state-00000008").is_dir(),
-    ]
-    killed = 0
-    for reached in moments:
-        killed += kill_when(command(home, out, "--resume"), reached)
-        assert not out.exists()
-    assert killed == len(moments)
-    again = heal(home, out, resume=True, evaluate=False)
-    assert weights(out) == weights(whole.path)
-    assert again.healing["curve"] == whole.healing["curve"]
-
-
-def test_killed_between_the_renames_at_the_end(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place: for a moment the directory has another name. A process that dies then has lost nothing."""
-    whole = heal(home, tmp_path / "whole", evaluate=False)
-    place = tmp_path / "small"
-    shutil.copytree(home / "small", place)
-    real = os.rename
-
-    def rename(source: Any, target: Any) -> None:
-        if Path(source).name == "small.partial":
-            raise KeyboardInterrupt
-        real(source, target)
-
-    settings = {"data": str(home / "text.txt"), "evaluate": False} | SETTINGS
-    with monkeypatch.context() as patch:
-        patch.setattr("bondsmith.rundir.os.rename", rename)
-        with pytest.raises(KeyboardInterrupt):
-            bondsmith.heal(place, **settings)
-    assert sorted(p.name for p in tmp_path.glob("small*")) == ["small.old", "small.partial"]
-    bondsmith.heal(place, resume=True, **settings)
-    assert [p.name for p in tmp_path.glob("small*")] == ["small"]
-    assert weights(place) == weights(whole.path)
-
-
 def test_a_window_beyond_the_context_is_trained_in_full(tmp_path: Path, home: Path) -> None:
     """As many tokens as asked for, in shorter windows."""
     save_tiny(tmp_path / "model", max_position_embeddings=32)
@@ -346,46 +224,6 @@ def test_a_window_beyond_the_context_is_trained_in_full(tmp_path: Path, home: Pa
     assert done.healing["settings"]["window"] == 32
     assert done.healing["steps"] == SETTINGS["tokens"] // (SETTINGS["batch"] * 32)
     assert done.healing["curve"][-1]["tokens"] == SETTINGS["tokens"]
-
-
-def stopped(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> Path:
-    """A healing that was interrupted in step `at`."""
-    real = loop.Loop._train_step
-
-    def step(self: Any, due: bool) -> Any:
-        if self.step == at:
-            raise KeyboardInterrupt
-        return real(self, due)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Loop, "_train_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            heal(home, out, evaluate=False)
-    return out.with_name(out.name + ".partial")
-
-
-def test_a_resume_with_other_settings_says_which(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    partial = stopped(home, tmp_path / "out", monkeypatch)
-    with pytest.raises(RunError, match="--resume goes on"):
-        heal(home, tmp_path / "out")
-    with pytest.raises(
-        RunError, match=r"learning_rate was 0\.01, is 0\.1; batch was 8, is 4|batch was 8, is 4; learning_rate was"
-    ):
-        heal(home, tmp_path / "out", resume=True, learning_rate=0.1, batch=4)
-    with pytest.raises(RunError, match=r"teacher was .*model, is None"):
-        heal(home, tmp_path / "out", resume=True, teacher=False)
-    assert json.loads((partial / "work" / "latest.json").read_text())["step"] == 4
-    assert heal(home, tmp_path / "out", resume=True, evaluate=False).healing["steps"] == 10
-
-
-def test_finish_writes_the_best_so_far(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped(home, tmp_path / "out", monkeypatch)
-    done = heal(home, tmp_path / "out", finish=True, evaluate=False)
-    assert done.healing["steps"] == 4
-    assert done.healing["curve"][-1]["step"] == 4
-    assert weights(done.path) != weights(home / "small")
-    with pytest.raises(HealError, match="no checkpoint to finish with"):
-        heal(home, tmp_path / "fresh", finish=True)
 
 
 # bad input
@@ -417,14 +255,6 @@ def test_a_loss_that_is_no_number(home: Path, tmp_path: Path, monkeypatch: pytes
     assert all(
         torch.isfinite(t).all() for f in done.path.glob("bondsmith-*.safetensors") for t in load_file(f).values()
     )
-
-
-def test_a_checkpoint_is_written_every_ten_minutes_at_least(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-    partial = stopped(home, tmp_path / "out", monkeypatch)
-    assert json.loads((partial / "work" / "latest.json").read_text())["step"] == 5
 
 
 def test_windows_that_cannot_be_dealt_out() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 COLUMNS = ("text", "page", "messages")
@@ -234,9 +235,23 @@ def _tokenise(document: str | list[dict[str, str]], tokenizer: Any, spec: str) -
     if not getattr(tokenizer, "chat_template", None):
         text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in document)
         return _tokenise(text, tokenizer, spec)
-    chat_text = tokenizer.apply_chat_template(document, tokenize=False)
-    ids: list[int] = tokenizer(chat_text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(rendered(document, tokenizer, spec), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     return ids
+
+
+def rendered(turns: list[dict[str, str]], tokenizer: Any, spec: str, **options: Any) -> str:
+    """Returns a chat as the model's template writes it; DataError where the template refuses it."""
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        roles = ", ".join(turn["role"] for turn in turns[:6])
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{spec}: the model's chat template refuses a chat of the roles {roles} ({reason[:200]}): leave such rows out"
+        ) from error
+    return text
 
 
 def documents(spec: str) -> Iterator[str | list[dict[str, str]]]:
@@ -282,8 +297,17 @@ def _document(row: Any, where: str) -> Iterator[str | list[dict[str, str]]]:
     if column is None:
         columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where}: none of the columns {', '.join(COLUMNS)} is there (found: {columns})")
-    if row[column]:
-        yield row[column]
+    found = row[column]
+    if found and column == "messages":
+        whole = isinstance(found, list) and all(
+            isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in found
+        )
+        if not whole:
+            raise DataError(f"{where}: messages are not a list of turns with `role` and `content`")
+    elif found and not isinstance(found, str):
+        raise DataError(f"{where}: the column {column} holds a {type(found).__name__}, not text")
+    if found:
+        yield found
 
 
 def _hub_documents(spec: str) -> Iterator[str | list[dict[str, str]]]:

@@ -25,7 +25,6 @@ from bondsmith.model.checkpoint import open_compressed, write_json
 from bondsmith.model.hub import FORMAT, load
 from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, skeleton
 from bondsmith.nn.free import free_all
-from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
 from bondsmith.nn.simulated import simulate_rounding
 from bondsmith.recipe import grid_of
 from bondsmith.rundir import (
@@ -45,11 +44,11 @@ from bondsmith.stages.healing import output
 from bondsmith.stages.healing.loop import Loop, Moment, Teacher
 from bondsmith.stages.healing.ranks import Ranks, joined
 from bondsmith.stages.healing.samples import Samples, join, read_samples
-from bondsmith.stages.healing.settings import HealSettings
+from bondsmith.stages.healing.settings import HealError, HealSettings
 from bondsmith.stages.healing.shard import compute_again, keeps_apart, shard
 from bondsmith.stages.healing.state import States
 from bondsmith.stages.healing.teacher import Cache, ask, check_vocabulary, open_original, original_of
-from bondsmith.stages.training import Steps, reduced_matrices, trainable
+from bondsmith.stages.training import Steps, reduced_matrices, train_scales_inside, trainable
 
 _NO_LONGER = ("quality", "quality_fitted", "tasks", "chat")  # sections of the results that training changes
 Progress = Callable[[str, float], None]
@@ -99,7 +98,8 @@ def heal(
         out: where the healed model goes; without it, in the place of `directory`.
         teacher: the original (hub id, directory or GGUF file); True takes the one that `directory` names, False trains on the text alone.
         cache: directory of the original's predictions, to be shared by several healings; without it they are deleted at the end.
-        resume: go on from the last checkpoint of an interrupted healing with the same settings.
+        resume: go on from the last checkpoint of an interrupted healing with the same settings; one that came to its end is left as
+            it is.
         finish: write the best state of an interrupted healing, without training on.
         overwrite: replace what is in `out`, and drop what an interrupted run left.
         evaluate: measure quality on held-out text anew.
@@ -112,25 +112,45 @@ def heal(
         DiskFullError: later; what is done is kept for `resume`.
     """
     chosen = HealSettings.from_settings(settings)
-    restore(Path(directory).expanduser().absolute())
-    source = open_compressed(Path(directory).expanduser().absolute())
-    place = source.path if out is None else Path(out).expanduser().absolute()
+    home = Path(directory).expanduser().absolute()
+    place = home if out is None else Path(out).expanduser().absolute()
     for spec in (*chosen.data, *chosen.evaluation):
         check_spec(spec)
     with joined(chosen.device) as ranks:
+        if ranks.main:
+            restore(home)
+            restore(place)
+        ranks.wait()
+        if (resume or finish) and (healing := _finished(place, chosen)):
+            log.info("%s was healed with these settings to the end: nothing is left to do", place)
+            return Healed(place, healing)
+        source = open_compressed(home)
         partial_place = place.with_name(place.name + ".partial")
         if ranks.main:
-            open_directory(place, resume or finish, overwrite, replaces=place == source.path)
+            open_directory(place, resume or finish, overwrite, replaces=place == home)
         ranks.wait()
-        run = _Run(source, partial_place, chosen, ranks, teacher, command or chosen.call(directory, out))
+        run = _Run(source, partial_place, chosen, ranks, teacher, command or chosen.call(directory, out, teacher))
         run.progress, run.tell = (progress, tell) if ranks.main else (run.progress, run.tell)
         run.cache = Path(cache).expanduser().absolute() if cache else partial_place / WORK
+        if ranks.main and (home / LOG).is_file() and not (partial_place / LOG).exists():
+            shutil.copyfile(home / LOG, partial_place / LOG)  # the healing's goes on from it
         with logging_to(partial_place / LOG) if ranks.main else nullcontext():
             healing = run.guarded(finish, evaluate)
         if ranks.main:
             move_into_place(partial_place, place)
         ranks.wait()
     return Healed(place, healing)
+
+
+def _finished(place: Path, settings: HealSettings) -> dict[str, Any] | None:
+    """Returns the section `healing` of a directory that was healed with these settings and holds no unfinished run."""
+    results = place / "results.json"
+    if place.with_name(place.name + ".partial").is_dir() or not results.is_file():
+        return None
+    healing: dict[str, Any] = json.loads(results.read_text()).get("healing") or {}
+    found, asked = healing.get("settings") or {}, settings.to_dict()
+    shorter = 0 < found.get("window", 0) <= settings.window  # windows are no longer than the model's context
+    return healing if shorter and found == asked | {"window": found["window"]} else None
 
 
 @dataclass
@@ -147,7 +167,7 @@ class _Run:
     tell: Tell = lambda moment: None
     cache: Path = Path()
     started: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)  # of all input files
 
     @property
     def work(self) -> Path:
@@ -168,6 +188,8 @@ class _Run:
         """Runs what is not done yet; returns the section `healing` of the results."""
         self.settings.check_processes(self.ranks.world)
         log.info("bondsmith heal: %s", self.command)
+        if finish and States(self.work, self.ranks).latest is None:
+            raise HealError("there is no checkpoint to finish with: start the healing first")
         original = self.open_teacher()
         tokenizer = self.tokenizer(original)
         self.keep_fingerprint(original)
@@ -183,7 +205,7 @@ class _Run:
             log.info(
                 "the model takes no positions of several pieces in a window: short samples that share one see each other"
             )
-        teacher = self.predictions(original, samples, apart)
+        teacher = None if finish else self.predictions(original, samples, apart)
         student = self.student()
         loop, freed = self.loop(student, samples, teacher, apart)
         if finish:
@@ -193,7 +215,8 @@ class _Run:
         trained = output.whole(loop.parameters)
         healing = self.section(loop, samples, original)
         if self.ranks.main:
-            output.write_healed(self.source.path, self.directory, output.stored(student, freed, trained))
+            rewritten = output.REPORTS if (self.source.path / output.REPORTS[0]).is_file() else ()
+            output.write_healed(self.source.path, self.directory, output.stored(student, freed, trained), rewritten)
             self.record(healing, original if evaluate else None, samples)
         self.ranks.wait()
         return healing
@@ -224,11 +247,12 @@ class _Run:
         specs = (*self.settings.data, *self.settings.evaluation)
         files = [Path(s).expanduser() for s in specs if not s.startswith("hf:")]
         inputs = [*self.source.files, self.source.path / "config.json", *files, *(original.files if original else ())]
+        self.digests = self.ranks.once(lambda: {str(f): file_digest(f) for f in inputs})
         now = {
             "format": FORMAT,
             "torch": torch.__version__,
             "settings": self.settings.to_dict() | {"teacher": original.name if original else None},
-            "files": {str(f): file_digest(f) for f in inputs},
+            "files": self.digests,
         }
         path = self.directory / FINGERPRINT
         found = []
@@ -291,7 +315,7 @@ class _Run:
         if self.settings.resident:
             model = load_whole(original, self.ranks.device)
             return lambda index: ask(model, windows, index, self.settings.top_k, apart)
-        digests = {str(f): file_digest(f) for f in original.files}
+        digests = {str(f): self.digests[str(f)] for f in original.files}
         vocabulary = int(original.config.get_text_config().vocab_size)
         cache = Cache.at(self.cache, windows, digests, self.settings.top_k, vocabulary, apart)
         missing = cache.missing
@@ -318,17 +342,15 @@ class _Run:
             [] if self.settings.round_bits else free_all(student)
         )  # what is rounded later is the form that is stored
         if self.settings.round_bits:
-            simulate_rounding(student, grid_of(self.settings.round_bits, self.settings.round_group))
-        for module in student.modules():
-            if isinstance(module, PackedMatrix) and (
-                self.settings.embeddings or not isinstance(module, PackedEmbedding)
-            ):
-                module.train_scales()
+            grid = grid_of(self.settings.round_bits, self.settings.round_group)
+            simulate_rounding(student, grid, keeps=not self.ranks.several)
+        train_scales_inside(student, self.settings.embeddings)
         dense = reduced_matrices(self.source.config.quantization_config)
         trainable(student, self.settings.embeddings, dense)
         if self.settings.checkpoint_activations:
             compute_again(self.blocks(student))
         if self.ranks.several:
+            self.ranks.make_alike(student)
             shard(student, self.blocks(student), self.ranks)
         parameters = trainable(student, self.settings.embeddings, dense)
         optimizer = Steps(student, parameters, self.settings.learning_rate, self.settings.norm_rate)
@@ -380,7 +402,7 @@ class _Run:
 
     def record(self, healing: dict[str, Any], original: Source | None, samples: Samples) -> None:
         """Writes results and report: what was measured before the healing and no longer holds is left out or measured anew."""
-        file = self.source.path / "results.json"
+        file = self.source.path / output.REPORTS[0]
         if not file.is_file():
             return
         results = {k: v for k, v in json.loads(file.read_text()).items() if k not in _NO_LONGER}

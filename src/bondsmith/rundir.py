@@ -52,11 +52,17 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def restore(out: Path) -> None:
-    """Gives a directory its name back that a process killed between the two renames of `move_into_place` left as `OUT.old`."""
-    old = _old(out)
-    if old.is_dir() and out.with_name(out.name + ".partial").is_dir() and not out.exists():
+    """Puts in order what a process left that was killed inside `move_into_place`.
+
+    Between the two renames: `OUT.old` has its name again, and the run is still to be ended. After them: the run is done, and what was
+    needed only meanwhile goes.
+    """
+    old, unfinished = _old(out), out.with_name(out.name + ".partial").is_dir()
+    if old.is_dir() and unfinished and not out.exists():
         os.rename(old, out)
         log.warning("%s was left as %s by a run that was killed at its end: it has its name again", out, old.name)
+    elif (out / FINGERPRINT).is_file() and not unfinished:
+        _clear(out)
 
 
 def _old(out: Path) -> Path:
@@ -91,7 +97,12 @@ def move_into_place(partial: Path, out: Path) -> None:
             shutil.rmtree(old)
         os.rename(out, old)
     os.rename(partial, out)
-    for rest in (old, out / WORK):
+    _clear(out)
+
+
+def _clear(out: Path) -> None:
+    """Deletes what was needed only meanwhile; the fingerprint last, by which a finished run that was killed here is known."""
+    for rest in (_old(out), out / WORK):
         shutil.rmtree(rest, ignore_errors=True)
     (out / FINGERPRINT).unlink()
 

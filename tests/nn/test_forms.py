@@ -101,6 +101,23 @@ def test_rounding_in_passing_lets_the_gradient_through() -> None:
     assert all(torch.equal(t, kept[n]) for n, t in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_weight_that_has_moved_is_rounded_anew(keeps: bool) -> None:
+    layer, x = network(CUT, (6,), gauge=False), torch.randn(4, 18)
+    simulate_rounding(layer, Grid(2, 6), keeps)
+    core = layer.cores[1]
+    for move in (
+        lambda: None,
+        lambda: core.weight.mul_(2),
+        lambda: setattr(core, "weight", nn.Parameter(-core.weight)),
+    ):
+        with torch.no_grad():
+            move()
+        core._kept = core._kept if keeps else None
+        rounded = round_to_nearest(core.weight.detach(), Grid(2, 6)).dequantize(torch.float32)
+        assert torch.allclose(core(x), x @ rounded.T, atol=1e-5)
+
+
 def test_scales_in_training_are_saved_as_the_format_has_them() -> None:
     model = nn.Sequential(packed(24, 18, Grid(4, 6, symmetric=False), bias=True), packed(18, 24, Grid(8, 0)))
     before = {n: t.clone() for n, t in model.state_dict().items()}

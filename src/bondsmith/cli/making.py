@@ -119,7 +119,9 @@ def compress(
 @app.command()
 def heal(
     directory: Annotated[Path, typer.Argument(help="A compressed directory.")],
-    data: Annotated[list[str], typer.Option(help="FILE.txt, FILE.jsonl[.gz] or hf:DATASET to train on. Repeatable.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="FILE.txt, FILE.jsonl[.gz] or hf:DATASET to train on. Repeatable.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Where the healed model goes; DIRECTORY without it.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens in all (300000).")] = None,
     teacher: Annotated[str | None, typer.Option(help="The original; the one DIRECTORY names without it.")] = None,
@@ -164,9 +166,11 @@ def heal(
     from bondsmith.healing import heal as heal_directory
     from bondsmith.recipe import read_settings
 
+    if teacher and no_teacher:
+        raise typer.BadParameter("give --teacher or --no-teacher, not both")
     changes = given(
         {
-            "data": data,
+            "data": data or None,
             "tokens": tokens,
             "window": window,
             "batch": batch,

@@ -22,38 +22,50 @@ class SimulatedLinear(nn.Linear):
     """
 
     grid: Grid
+    keeps: bool
+    _kept: tuple[Tensor, int, Tensor] | None = None  # the weight, its version, and it rounded
 
     @classmethod
-    def of(cls, core: nn.Linear, grid: Grid) -> SimulatedLinear:
-        """Returns the layer that shares the weight of `core`."""
+    def of(cls, core: nn.Linear, grid: Grid, keeps: bool = True) -> SimulatedLinear:
+        """Returns the layer that shares the weight of `core`; it `keeps` the rounded one until the weight moves, as its version tells."""
         layer = cls(1, 1, bias=False, device="meta")
-        layer.in_features, layer.out_features, layer.weight, layer.grid = (
-            core.in_features,
-            core.out_features,
-            core.weight,
-            grid,
-        )
+        layer.in_features, layer.out_features = core.in_features, core.out_features
+        layer.weight, layer.grid, layer.keeps = core.weight, grid, keeps
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., O)`."""
-        return F.linear(x, _Rounding.apply(self.weight, self.grid))
+        return F.linear(x, _StraightThrough.apply(self.weight, self._rounded()))
+
+    @torch.no_grad()
+    def _rounded(self) -> Tensor:
+        """The rounded weight, made again when it has moved: searching its scales takes ten times as long as multiplying by it."""
+        weight, kept = self.weight, self._kept
+        if not self.keeps or kept is None or kept[0] is not weight or kept[1] != weight._version:
+            rounded = round_to_nearest(weight.detach(), self.grid).dequantize(weight.dtype)
+            if not self.keeps:
+                return rounded
+            kept = self._kept = (weight, weight._version, rounded)
+        return kept[2]
 
 
-class _Rounding(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, grid: Grid) -> Tensor:
-        return round_to_nearest(weight, grid).dequantize(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 
-def simulate_rounding(model: nn.Module, grid: Grid) -> None:
-    """Makes every core of every network one that is rounded in each forward pass; their names and weights stay."""
+def simulate_rounding(model: nn.Module, grid: Grid, keeps: bool = True) -> None:
+    """Makes every core of every network one that is rounded in each forward pass; their names and weights stay.
+
+    Without `keeps` it is rounded anew in every pass: for weights that are gathered from shards, whose version says nothing.
+    """
     for layer in list(model.modules()):
         if isinstance(layer, MPOLinear):
             for k, core in enumerate(layer.cores):
                 if type(core) is nn.Linear and core.weight.numel():
-                    layer.cores[k] = SimulatedLinear.of(core, grid)
+                    layer.cores[k] = SimulatedLinear.of(core, grid, keeps)

@@ -128,8 +128,11 @@ class _Learner:
         return {name: tensor.detach().clone() for name, tensor in self.block.state_dict().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Goes back to a better state; the next pass is the last one again, with half the rate."""
+        """Goes back to a better state; the next pass is the last one again, with half the rate and nothing of its momentum."""
         self.block.load_state_dict(state)
+        for kept in self.optimizer.state.values():
+            for tensor in kept.values():
+                tensor.zero_()
         self.damping /= 2
         self.step = self.first
 

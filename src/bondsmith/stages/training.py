@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from bondsmith.nn.linear import MPOLinear
+from bondsmith.nn.packed import PackedMatrix
 
 MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
@@ -58,6 +59,14 @@ def trainable(module: nn.Module, embeddings: bool = False, dense: Collection[str
         if train:
             chosen[name] = parameter
     return chosen
+
+
+def train_scales_inside(model: nn.Module, embeddings: bool = False) -> None:
+    """Makes parameters of the scales of packed matrices; those of embedding and head only with `embeddings`."""
+    ends = set() if embeddings else _ends(model)
+    for module in model.modules():
+        if isinstance(module, PackedMatrix) and id(module) not in ends:
+            module.train_scales()
 
 
 def reduced_matrices(quantization: Any) -> list[str]:

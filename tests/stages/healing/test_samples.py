@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer, write_text
+from tokenizers.pre_tokenizers import Metaspace
 
 from bondsmith.data import DataError
 from bondsmith.stages.healing.samples import Samples, read_samples
@@ -99,6 +100,34 @@ def test_a_template_that_writes_earlier_turns_anew_trains_on_all_or_says_why_not
         read(file, tokenizer=tokenizer, answers=True)
 
 
+def test_a_chat_has_the_same_tokens_whatever_counts(tmp_path: Path) -> None:
+    """Cut into what the user and the assistant say, some tokenizers would put a space in front of each part."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first")
+    file = chats(tmp_path / "chat.jsonl.gz")
+    answers, everything = (read(file, tokenizer=tokenizer, answers=which).train for which in (True, False))
+    assert torch.equal(answers.ids, everything.ids)
+    assert 0 < answers.tokens < everything.tokens
+
+
+def test_a_chat_that_the_assistant_begins(tmp_path: Path) -> None:
+    turns = [{"role": "assistant", "content": "w3 w4"}, {"role": "user", "content": "w5"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(300)))
+    windows = read(file, answers=True).train
+    said = tiny_tokenizer().decode(windows.ids[0][windows.counts[0]])
+    assert "w3 w4" in said
+    assert "w5" not in said
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_template_that_refuses_a_chat(tmp_path: Path, answers: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(DataError, match=r"chat.jsonl.gz: .* refuses a chat of the roles user.* \(no users here\)"):
+        read(chats(tmp_path / "chat.jsonl.gz"), tokenizer=tokenizer, answers=answers)
+
+
 def test_first_tokens_and_padding_never_count(tmp_path: Path) -> None:
     windows = read(chats(tmp_path / "chat.jsonl.gz")).train
     assert not windows.counts[windows.positions == 0].any()
@@ -139,6 +168,8 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     [
         ("", "is too short: 0 tokens in 0 documents"),
         (json.dumps({"text": "w3 w4"}) + "\n", r"too short: \d+ tokens in 1 doc"),
+        (json.dumps({"text": 5}) + "\n", "line 1: the column text holds a int, not text"),
+        (json.dumps({"messages": [{"from": "a"}]}) + "\n", "line 1: messages are not a list of turns with `role`"),
     ],
 )
 def test_an_empty_or_tiny_text(tmp_path: Path, content: str, match: str) -> None:

@@ -66,6 +66,19 @@ def test_the_trainer_heals_and_saves_a_model_that_loads(home: Path, tmp_path: Pa
     assert divergence(again, teacher, test) == pytest.approx(healed, rel=1e-3)
 
 
+def test_the_loss_of_several_processes_is_that_of_one(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer counts the tokens of all processes, and gradients are averaged over them."""
+    arguments = TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True)
+    trainer = HealTrainer(bondsmith.load(home / "small", dtype=torch.float32), arguments)
+    ids = torch.randint(3, 500, (4, 32), generator=torch.Generator().manual_seed(0))
+    inputs, tokens = {"input_ids": ids, "labels": ids}, 4 * 31
+    alone = float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    assert float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=2 * tokens)) == pytest.approx(alone)
+
+
 def network() -> MPOLinear:
     return MPOLinear(Sites((8, 1), (1, 6)), (3,), bias=True)
 

@@ -91,25 +91,30 @@ class Loop:
         start, before = time.perf_counter(), self.step
         earlier = self.seconds
         saved = start
+        self.ranks.order.waits = True
         while self.step < self.settings.steps and not self._stalls():
-            loss, due = self._train_step(time.perf_counter() - saved > SAVE_SECONDS)
+            loss, due, told = self._train_step(time.perf_counter() - saved > SAVE_SECONDS)
             self.step += 1
             self.seconds = earlier + time.perf_counter() - start
             rate = (self.step - before) * self.settings.batch * self.settings.window / (self.seconds - earlier)
             left = (self.settings.steps - self.step) * self.settings.batch * self.settings.window / rate
             found = self._validate(loss) if self.settings.validates(self.step) else None
-            if due or self.settings.saves(self.step):
+            if due or told or self.settings.saves(self.step):
                 self._save()
                 saved = time.perf_counter()
             self.tell(Moment(self.step, self.settings.steps, loss, rate, left, found))
+            if told:
+                raise HealError(
+                    f"told to stop (SIGTERM): the state of step {self.step} is kept, the same command with --resume goes on from it"
+                )
+        self.ranks.order.waits = False
         if self.best != self.step:
             self.states.load(self.best, self.parameters)
 
     def finish(self) -> None:
         """Leaves the best state so far in the model, without training on."""
         note = self.states.latest
-        if note is None:
-            raise HealError("there is no checkpoint to finish with: start the healing first")
+        assert note is not None, "asked to finish without a checkpoint"
         self._recall(note)
         self.states.load(self.best, self.parameters)
 
@@ -129,8 +134,9 @@ class Loop:
         note = {"step": self.step, "best": self.best, "history": self.history, "seconds": self.seconds}
         self.states.save(self.parameters, self.optimizer, note)
 
-    def _train_step(self, due: bool = False) -> tuple[float, bool]:
-        """Takes one step; returns the loss per token, and whether a checkpoint is due (by the main process's clock).
+    def _train_step(self, due: bool = False) -> tuple[float, bool, bool]:
+        """Takes one step; returns the loss per token, whether a checkpoint is due (by the main process's clock), and whether any process
+        was told to stop.
 
         HealError before anything moves if the loss, or the gradient, is not finite.
         """
@@ -145,7 +151,7 @@ class Loop:
             loss = self._sums(self.train, part, 0).loss(kl_weight, ce_weight)
             (loss * (self.ranks.world / max(1, tokens))).backward()  # gradients are averaged over processes
             total += float(loss.detach())
-        total, late = self.ranks.total([total, float(due and self.ranks.main)])
+        total, late, told = self.ranks.total([total, due and self.ranks.main, self.ranks.order.given])
         total /= max(1, tokens)
         norm = self._clip()
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -159,7 +165,7 @@ class Loop:
             )
         self.optimizer.scale = self.settings.rate(self.step)
         self.optimizer.step()
-        return total, late > 0
+        return total, late > 0, told > 0
 
     def _clip(self) -> float:
         """Clips the gradient; returns its norm before."""
@@ -169,11 +175,12 @@ class Loop:
 
     def _windows_of(self, step: int) -> Tensor:
         """Returns the windows of a step: the text is read in a new order each time it is used up."""
-        count, places = len(self.train), []
-        for place in range(step * self.settings.batch, (step + 1) * self.settings.batch):
-            generator = torch.Generator().manual_seed(self.settings.seed + 1_000_003 * (place // count))
-            places.append(int(torch.randperm(count, generator=generator)[place % count]))
-        return torch.tensor(places)
+        count, places = len(self.train), range(step * self.settings.batch, (step + 1) * self.settings.batch)
+        orders = {
+            turn: torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed + 1_000_003 * turn))
+            for turn in range(places[0] // count, places[-1] // count + 1)
+        }
+        return torch.stack([orders[place // count][place % count] for place in places])
 
     def _sums(self, windows: Windows, index: Tensor, first: int) -> Sums:
         batch, device = windows.take(index), self.ranks.device

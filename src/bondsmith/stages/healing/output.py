@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from bondsmith.model.checkpoint import INDEX, write_shard
 from bondsmith.nn.free import pivoted
 from bondsmith.nn.linear import MPOLinear
+from bondsmith.rundir import FINGERPRINT, LOG, WORK
 
-_WRITTEN_ANEW = ("results.json", "report.html", "README.md", "fingerprint.json")
+REPORTS = ("results.json", "report.html", "README.md")  # what a healing writes anew, from the first one
 
 
 def whole(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -46,17 +47,22 @@ def stored(module: nn.Module, freed: list[str], trained: Mapping[str, Tensor]) -
     return tensors
 
 
-def write_healed(source: Path, out: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the compressed directory `source` to `out` with these tensors in the place of its own; config.json comes last."""
-    for file in sorted(source.iterdir()):
-        if (
-            file.is_file()
-            and file.suffix != ".safetensors"
-            and file.name not in (*_WRITTEN_ANEW, "config.json", "log.txt")
-        ):
-            shutil.copyfile(file, out / file.name)
+def write_healed(source: Path, out: Path, tensors: Mapping[str, Tensor], without: Sequence[str] = ()) -> None:
+    """Writes the compressed directory `source` to `out` with these tensors in the place of its own; config.json comes last.
+
+    Whatever else lies in `source`, folders too, is copied, except what is named in `without` and what belongs to a run.
+    """
     left = set(tensors)
-    for shard in sorted(set(json.loads((source / INDEX).read_text())["weight_map"].values())):
+    shards = sorted(set(json.loads((source / INDEX).read_text())["weight_map"].values()))
+    spared = {*shards, *without, "config.json", FINGERPRINT, LOG, WORK}
+    for other in sorted(source.iterdir()):
+        if other.name in spared or other in (out, *out.parents):
+            continue
+        if other.is_dir():
+            shutil.copytree(other, out / other.name, symlinks=True, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(other, out / other.name)
+    for shard in shards:
         before = load_file(source / shard)
         after = {name: _like(tensors.get(name), old) for name, old in before.items()}
         left -= set(after)

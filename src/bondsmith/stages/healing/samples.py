@@ -242,19 +242,17 @@ def _tokenise(row: str | list[dict[str, str]], spec: str, tokenizer: Any, answer
                 "put a chat_template.jinja into the model's directory, or train on all tokens with --loss-on all"
             )
         return _text("\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row), tokenizer)
-    tokens: list[int] = []
-    counts: list[bool] = []
-    try:
-        spans = list(_spans(row, spec, tokenizer))
-    except DataError:
-        if answers:
-            raise
-        spans = [(tokenizer.apply_chat_template(row, tokenize=False), True)]
-    for text, counted in spans:
-        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += found
-        counts += [counted or not answers] * len(found)
-    return tokens, counts
+    how = {"add_special_tokens": False, "verbose": False}
+    if not answers:
+        tokens: list[int] = tokenizer(data.rendered(row, tokenizer, spec), **how)["input_ids"]
+        return tokens, [True] * len(tokens)
+    spans = list(_spans(row, spec, tokenizer))
+    if not tokenizer.is_fast:  # knows no offsets
+        pieces = [(tokenizer(text, **how)["input_ids"], counted) for text, counted in spans]
+        return [t for found, _ in pieces for t in found], [counted for found, counted in pieces for _ in found]
+    found = tokenizer("".join(text for text, _ in spans), return_offsets_mapping=True, **how)
+    said = [counted for text, counted in spans for _ in text]  # by character
+    return found["input_ids"], [last > first and said[last - 1] for first, last in found["offset_mapping"]]
 
 
 def _text(text: str, tokenizer: Any) -> Piece:
@@ -271,8 +269,8 @@ def _spans(turns: list[dict[str, str]], spec: str, tokenizer: Any) -> Iterator[t
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+        before = data.rendered(turns[:i], tokenizer, spec, add_generation_prompt=True) if i else ""
+        after = data.rendered(turns[: i + 1], tokenizer, spec)
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
                 f"{spec}: the model's chat template writes earlier turns anew at later ones, so answers cannot be told apart: "
@@ -281,7 +279,7 @@ def _spans(turns: list[dict[str, str]], spec: str, tokenizer: Any) -> Iterator[t
         yield before[len(done) :], False
         yield after[len(before) :], True
         done = after
-    rest = tokenizer.apply_chat_template(turns, tokenize=False)
+    rest = data.rendered(turns, tokenizer, spec)
     if rest.startswith(done) and len(rest) > len(done):
         yield rest[len(done) :], False
 

@@ -123,15 +123,19 @@ class HealSettings:
             if getattr(self, name) not in choices:
                 raise HealError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
 
-    def call(self, directory: str | Path, out: str | Path | None) -> str:
+    def call(self, directory: str | Path, out: str | Path | None, teacher: str | Path | bool = True) -> str:
         """Returns the call from Python that heals `directory` with these settings.
 
         >>> HealSettings(("a.txt",), seed=2).call("small", None)
         "bondsmith.heal('small', data=['a.txt'], seed=2)"
+        >>> HealSettings(("a.txt",)).call("small", None, teacher=False)
+        "bondsmith.heal('small', teacher=False, data=['a.txt'])"
         """
         plain = HealSettings(self.data).to_dict()
         changed = {k: v for k, v in self.to_dict().items() if k == "data" or v != plain[k]}
         given = [repr(str(place)) for place in (directory, out) if place]
+        if teacher is not True:
+            given.append(f"teacher={teacher if teacher is False else str(teacher)!r}")
         return f"bondsmith.heal({', '.join([*given, *(f'{k}={v!r}' for k, v in changed.items())])})"
 
     def check_processes(self, world: int) -> None:

@@ -6,9 +6,12 @@ nobody names any more is deleted last. So at any moment there is one whole state
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
-from bondsmith.model.checkpoint import write_json
+from bondsmith.model.checkpoint import DiskFullError, write_json
 from bondsmith.stages.healing.ranks import Ranks
 from bondsmith.stages.training import Steps
 
@@ -43,8 +47,7 @@ class States:
         if self.ranks.main and place.exists():
             shutil.rmtree(place)  # left by a run that was killed before it named it
         self.ranks.wait()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _plainly(self.folder):
             state_dict_saver.save(_content(parameters, optimizer), checkpoint_id=place, no_dist=not self.ranks.several)
         self.ranks.wait()
         if not self.ranks.main:
@@ -56,8 +59,7 @@ class States:
 
     def load(self, step: int, parameters: dict[str, nn.Parameter], optimizer: Steps | None = None) -> None:
         """Brings the state after `step` steps into the parameters and the optimizer."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _plainly(self.folder):
             content = _content(parameters, optimizer)
             state_dict_loader.load(content, checkpoint_id=self._place(step), no_dist=not self.ranks.several)
         if optimizer is not None:
@@ -65,6 +67,24 @@ class States:
 
     def _place(self, step: int) -> Path:
         return self.folder / f"state-{step:08d}"
+
+
+@contextmanager
+def _plainly(folder: Path) -> Iterator[None]:
+    """Without torch's warnings, and with the errors that it wraps: Ctrl-C stays Ctrl-C, a full disk says what helps."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as wrapped:
+        error = next(failure[0] for failure in wrapped.failures.values())
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            free = shutil.disk_usage(folder).free
+            raise DiskFullError(
+                f"the disk of {folder} is full ({free / 1e6:.1f} MB left) while writing a checkpoint; the one before is untouched: "
+                "make room and run the same command with --resume"
+            ) from wrapped
+        raise error from wrapped
 
 
 def _content(parameters: dict[str, nn.Parameter], optimizer: Steps | None) -> dict[str, Tensor]:

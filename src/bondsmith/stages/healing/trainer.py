@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from bondsmith.nn.free import free_all, pivot_all
-from bondsmith.nn.packed import PackedEmbedding, PackedMatrix
 from bondsmith.stages.healing.losses import TopK, token_sums
-from bondsmith.stages.training import Steps, reduced_matrices, trainable
+from bondsmith.stages.training import Steps, reduced_matrices, train_scales_inside, trainable
 
 
 class HealTrainer(Trainer):
@@ -43,9 +42,7 @@ class HealTrainer(Trainer):
         norm_rate: float = 1e-3,
         **kwargs: Any,
     ):
-        for module in model.modules():
-            if isinstance(module, PackedMatrix) and not isinstance(module, PackedEmbedding):
-                module.train_scales()
+        train_scales_inside(model)
         self.dense = reduced_matrices(getattr(model.config, "quantization_config", {}))
         trainable(model, dense=self.dense)
         super().__init__(model, *args, **kwargs)
@@ -89,4 +86,8 @@ class HealTrainer(Trainer):
             top = TopK.of(logits[:, :-1][counts[:, 1:]], self.top_k)
         sums = token_sums(out.logits, labels, counts, top)
         loss = sums.loss(*self.weights) / (sums.tokens if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # the tokens are those of all processes, gradients are averaged
         return (loss, out) if return_outputs else loss
