@@ -38,6 +38,14 @@ def made_up(seed: int = 0) -> list[list[Way]]:
     return items
 
 
+def tables(matrices: int) -> list[list[Way]]:
+    """Returns an embedding and a head of a tenth of all numbers each, in 16, 8, 4 and, in two kinds of groups, 3 and 2 bits."""
+    bits = np.array([16.0, 8.5, 4.5, 3.5, 3.25, 2.5, 2.25])
+    size = np.full(7, matrices * 3e5)
+    amounts = {"bytes": size * bits / 8, "parameters": 0 * size, "multiply_adds": 0 * size}
+    return [[Way(({"loss": harm * matrices * 4.0**-bits} | amounts,))] for harm in (0.3, 3.0)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", nargs="?", type=Path)
@@ -45,14 +53,17 @@ def main() -> None:
     parser.add_argument("--bytes")
     options = parser.parse_args()
     table = Table("problem", "seconds", "proved gap")
-    items = made_up()
-    for number in (1, 2, 3):
+    alone = made_up()
+    for number, items in [*((n, alone) for n in (1, 2, 3)), *((n, [*alone, *tables(1000)]) for n in (1, 2))]:
         chosen = dict(list(BUDGETS.items())[:number])
         full = {q: sum(float(item[0].members[0][q].max()) for item in items) for q in chosen}
         start = time.perf_counter()
         choice = choose(items, {q: share * full[q] * (2 if q == "bytes" else 1) for q, share in chosen.items()})
+        beside = "" if items is alone else " with embedding and head"
         table.add_row(
-            f"1,000 x 60, {', '.join(chosen)}", f"{time.perf_counter() - start:.1f}", f"{max(0.0, choice.gap):.1g}"
+            f"1,000 x 60{beside}, {', '.join(chosen)}",
+            f"{time.perf_counter() - start:.1f}",
+            f"{max(0.0, choice.gap):.1g}",
         )
     if options.profile:
         budget = {"bytes": options.bytes} if options.bytes else {"keep": options.keep or 0.6}

@@ -12,12 +12,12 @@ from conftest import write_text
 from bondsmith import cli
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: int = 0) -> None:
     monkeypatch.setattr(sys, "argv", ["bondsmith", *arguments])
     monkeypatch.setattr(cli.out, "width", 200)
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert not end.value.code
+    assert (end.value.code or 0) == code
 
 
 @pytest.fixture(scope="module")

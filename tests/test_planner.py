@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import save_tiny
 from test_cli import run
 
 import bondsmith
+from bondsmith.model.source import ModelError
 from bondsmith.pipeline import carry_out
 from bondsmith.recipe import RecipeError
 from bondsmith.rundir import RunError
@@ -163,3 +165,78 @@ def test_without_memory_for_gradients_the_input_metric_takes_over(
         bondsmith.compress(original, tmp_path / "free", evaluate=False, **settings).results["settings"]["metric"]
         == "loss"
     )
+
+
+def test_a_frontier_is_that_of_the_model_named(
+    profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names that differ after a point (Llama-3.1, Llama-3.2) have profiles of their own, and another model's is refused."""
+    for name in ("small-3.1-a", "small-3.2-b"):
+        save_tiny(tmp_path / name)
+    (tmp_path / "small-3.2-b-profile").symlink_to(profiled)
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "frontier", "small-3.2-b", code=1)
+    assert "is the profile of" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "small-3-profile").exists()
+    run(monkeypatch, "frontier", "small-3.1-a", "--profile", str(profiled), code=1)
+
+
+def test_overwriting_deletes_nothing_before_the_model_is_open(profiled: Path, original: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(profiled, home)
+    (home / "measured").mkdir()
+    with pytest.raises(ModelError):
+        bondsmith.profile(tmp_path / "mistyped", home, overwrite=True, metric="frobenius")
+    assert (home / "measured").is_dir()
+    assert not home.with_name("home.old").exists()
+    with pytest.raises(RunError, match="is where the model lies"):
+        bondsmith.profile(original, original, overwrite=True)
+    with pytest.raises(RunError, match="is where the model lies"):
+        bondsmith.compress(original, original.parent, overwrite=True, keep=0.5)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    with pytest.raises(RunError, match="holds something else than a profile"):
+        bondsmith.profile(original, tmp_path / "other", overwrite=True)
+
+
+def test_a_profile_without_moments(original: Path, text: Path, tmp_path: Path) -> None:
+    found = bondsmith.profile(original, tmp_path / "home", metric="frobenius", calibration=[str(text)], **SETTINGS)
+    assert found.path.joinpath("profile.html").is_file()
+    plan = bondsmith.plan(tmp_path / "home", bytes="0.55")
+    assert plan.loss is None
+    assert all(table.grid is not None for table in plan.tables)
+
+
+def test_embedding_and_head_stay_where_a_pattern_says_so(profiled: Path) -> None:
+    names = [table.name for table in Profile.load(profiled).tables]
+    plan = bondsmith.plan(profiled, bytes="0.7", keep_dense=[names[-1]])
+    assert {table.name: table.grid is None for table in plan.tables} == {name: name == names[-1] for name in names}
+    with pytest.raises(RecipeError, match="matches no matrix"):
+        bondsmith.plan(profiled, bytes="0.7", keep_dense=["*.no_head"])
+
+
+def test_channels_that_are_dropped_on_one_side_only_are_seen_before_the_work(
+    original: Path, profiled: Path, text: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    bondsmith.plan(profiled, path, keep=0.9, channels=False)
+    content = json.loads(path.read_text())
+    for entry in content["matrices"]:
+        inside = entry["name"].rpartition(".")[2]
+        if entry["block"] == 1 and inside in ("gate_proj", "up_proj", "down_proj"):
+            for key in ("sites", "bonds", "gauge"):
+                entry.pop(key, None)
+            if inside != "up_proj":  # forgotten
+                entry["columns" if inside == "down_proj" else "rows"] = 40
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj: the plan keeps 64 rows, but .* reads 40 channels"):
+        bondsmith.compress(original, tmp_path / "out", plan=str(path), calibration=[str(text)], **SETTINGS)
+    assert not list((tmp_path / "out.partial" / "work").glob("fisher/*"))
+
+
+def test_options_that_would_do_nothing_are_refused(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "profile", str(original), "--out", str(tmp_path / "out"), "--blocks", "0", code=2)
+    assert "--blocks: only with --layers" in " ".join(capsys.readouterr().err.split())
+    run(monkeypatch, "profile", str(original), "--out", str(tmp_path / "out"), "--layers", "--probes", "2", code=2)

@@ -24,11 +24,11 @@ from bondsmith.model.source import ModelError, Source, file_digest, load_whole
 from bondsmith.planner import adopt, shared_settings
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.run import Progress, Run
-from bondsmith.rundir import FINGERPRINT, LOG, RunError, log, logging_to, move_into_place, open_directory
+from bondsmith.rundir import FINGERPRINT, LOG, RunError, check_apart, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
 from bondsmith.stages.job import Job
 from bondsmith.stages.profile import Profile
-from bondsmith.stages.reduction import fused_copies
+from bondsmith.stages.reduction import check_channels, fused_copies
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def compress(
     out = Path(out).expanduser().absolute()
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
+    check_apart(model, out)
     directory = open_directory(out, resume, overwrite)
     with logging_to(directory / LOG):
         run = _Compression(directory, recipe, progress, command or _python_command(model, out, recipe))
@@ -119,7 +120,10 @@ def carry_out(
         budget, _, value = text.rpartition("=")
         if budget not in ("", "keep", "bytes"):
             raise RecipeError(f"{text!r} is no size: write 0.07, 38MB or keep=0.8")
-        settings = {"keep": float(value)} if budget == "keep" else {"bytes": value}
+        try:
+            settings = {"keep": float(value)} if budget == "keep" else {"bytes": value}
+        except ValueError as error:
+            raise RecipeError(f"{text!r}: {value!r} is not a number") from error
         recipes[text] = Recipe.from_settings({"profile": str(home), **settings, **shared_settings(home)})
     model = Profile.load(home).model
     places = {text: home / "measured" / text.replace("=", "-") for text in sizes}
@@ -153,6 +157,8 @@ class _Compression(Run):
             calibration, held_out = self.windows(source, tokenizer, evaluate)
         self.started = True
         job = self.job(source, runner, first, calibration, dtype)
+        if self.recipe.plan is not None:
+            check_channels(job)
         self.gradients(job, hybrids=self.recipe.planned and self.recipe.rounds)
         job = replace(job, plan=self.plan(opened, job, first))
         log.info("plan: %s", job.plan)

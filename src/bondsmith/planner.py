@@ -11,7 +11,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from bondsmith.data import check_spec
 from bondsmith.recipe import BUDGETS, Recipe
 from bondsmith.run import Progress, Run
-from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, check_idle, logging_to
+from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, check_apart, check_idle, logging_to
 from bondsmith.stages.estimate import plan_needs
 from bondsmith.stages.frontier import Frontier, frontier_sections, predict_frontier
 from bondsmith.stages.plan import Plan, PlanError
@@ -81,13 +82,14 @@ def profile(
     out = Path(out).expanduser().absolute()
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
-    _open(out, resume, overwrite)
-    with logging_to(out / LOG):
+    check_apart(model, out)
+    with _opened(out, resume, overwrite) as keep, logging_to(out / LOG):
         run = Run(out, recipe, progress, shlex.join(sys.argv))
         with run.stage("open"):
-            opened = run.open(model, text=recipe.needs_moments)
+            opened = run.open(model, text=True)
             run.settle_metric(opened)
             run.keep_fingerprint(opened.source, evaluate=True)
+        keep()
         run.recipe.save(out / "recipe.yaml")
         with run.stage("calibration text"):
             calibration, _ = run.windows(opened.source, opened.tokenizer, evaluate=True)
@@ -204,16 +206,52 @@ def shared_settings(directory: Path) -> dict[str, Any]:
     return {name: settings[name] for name in SHARED if name in settings}  # a setting may be younger than the profile
 
 
-def _open(out: Path, resume: bool, overwrite: bool) -> None:
+@contextmanager
+def _opened(out: Path, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """Makes the directory of a profile, or finds it again; what `overwrite` replaces is back if anything fails before `keep` is called."""
     if out.is_file():
         raise RunError(f"{out} is a file: give a directory")
     check_idle(out)
+    aside = out.with_name(out.name + ".old")
+    if aside.is_dir():  # a run was killed before it had opened the model
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(aside, out)
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
-            shutil.rmtree(out)
+            if not (out / FINGERPRINT).is_file():
+                raise RunError(f"{out} holds something else than a profile: give another directory, or empty this one")
+            os.rename(out, aside)
         elif not resume:
             raise RunError(f"{out} exists and is not empty: --resume goes on with it, --overwrite starts anew")
     (out / WORK).mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        if aside.is_dir():
+            os.rename(aside, out / WORK / "replaced")
+            shutil.rmtree(out / WORK / "replaced")
+
+    try:
+        yield keep
+    except BaseException:
+        if aside.is_dir():
+            shutil.rmtree(out)
+            os.rename(aside, out)
+        raise
+
+
+def check_profile_of(directory: Path, model: str | None, **asked: Any) -> None:
+    """Raises RunError if the profile in `directory` is of another model than the one named, if any, or has other settings than asked."""
+    known = _load(directory).model
+    same = model is None or model == known or Path(model).expanduser().resolve() == Path(known).expanduser().resolve()
+    if not same:
+        raise RunError(f"{directory} is the profile of {known}, not of {model}: give another directory with --profile")
+    has = shared_settings(directory)
+    for name, value in asked.items():
+        value = list(value) if isinstance(value, tuple | list) else value
+        if name in has and has[name] != value:
+            raise RunError(
+                f"{directory} has a profile with {name} {has[name]}, not {value}: give another directory with --profile"
+            )
 
 
 def _load(directory: str | Path) -> Profile:

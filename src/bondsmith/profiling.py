@@ -25,6 +25,7 @@ from bondsmith.model.blocks import BlockRunner, matrices
 from bondsmith.model.source import (
     ModelError,
     empty,
+    file_digest,
     fill,
     load_tokenizer,
     load_whole,
@@ -240,7 +241,7 @@ class _Run:
     ) -> LayerProfile:
         """Returns the profile without points, or the one found; RunError where its settings or files are others."""
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
-        files = {f.name: f.stat().st_size for f in self.source.files}
+        files = {f.name: file_digest(f) for f in self.source.files}
         texts = [w.describe() for w in scored]
         if before is not None:
             now = {"settings": settings, "files": files, "texts": [t["sha256"] for t in texts]}

@@ -119,6 +119,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("calibration", "evaluation", "keep_dense"):
             value = getattr(self, name)
+            if not isinstance(value, str | list | tuple) or not all(isinstance(v, str) for v in value):
+                raise RecipeError(f"{name}: {value!r} is neither a text nor a list of texts")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.bytes is not None:
             object.__setattr__(self, "bytes", str(self.bytes))
@@ -245,7 +247,11 @@ class Recipe:
             raise RecipeError(f"bounds: {self.bounds!r} is not a mapping of patterns to [least, largest] shares")
         checked: dict[str, tuple[float, float]] = {}
         for pattern, limits in self.bounds.items():
-            if not isinstance(limits, list | tuple) or len(limits) != 2 or not 0 <= limits[0] <= limits[1] <= 1:
+            pair = isinstance(limits, list | tuple) and [type(limit) in (int, float) for limit in limits] == [
+                True,
+                True,
+            ]
+            if not pair or not 0 <= limits[0] <= limits[1] <= 1:
                 raise RecipeError(
                     f"bounds: {pattern!r}: {limits!r} is not [least, largest] with 0 <= least <= largest <= 1"
                 )

@@ -168,7 +168,7 @@ class Run:
             empty(opened.runner.blocks[other])
         itemsize, other_parameters = opened.dtype.itemsize, opened.other_parameters
         tokens = self.gradient_ids(job).numel() if metric != "frobenius" else 0
-        tables = self.tables(opened, job) if metric != "frobenius" else ()
+        tables = self.tables(opened, job)
         profile = Profile(opened.source.name, itemsize, other_parameters, metric, tokens, curves, bonds, tables)
         if self.recipe.probe_windows and metric == "loss":
             profile = self.scaled(opened, job, profile)

@@ -107,6 +107,13 @@ def _clear(out: Path) -> None:
     (out / FINGERPRINT).unlink()
 
 
+def check_apart(model: object, out: Path) -> None:
+    """Nothing, or RunError if the model lies where the result is to go: it would be replaced."""
+    place = Path(str(model)).expanduser().absolute() if isinstance(model, str | Path) else None
+    if place is not None and place.exists() and out in (place, *place.parents):
+        raise RunError(f"{out} is where the model lies: give another directory for the result")
+
+
 def check_idle(directory: Path) -> None:
     """Nothing, or RunError if another process is writing the directory."""
     if (directory / LOG).is_file():

@@ -20,6 +20,7 @@ from bondsmith.stages.uniform import uniform_plan
 from bondsmith.tensor.fit import whitened_cut
 from bondsmith.tensor.metric import energy
 from bondsmith.tensor.rounding import Grid
+from bondsmith.tensor.sites import Sites
 
 SHAPES = {
     f"model.layers.{k}.{name}": (k, *shape)
@@ -164,7 +165,7 @@ def test_patterns_protect_and_bound(known: Profile) -> None:
     [
         (
             {"bytes": "3kB", "bits": (16,)},
-            r"bytes: 0.0 MB is out of reach, the smallest plan has .* embedding, head and norms",
+            r"bytes: 3.0 kB is out of reach, the smallest plan has .* embedding, head and norms",
         ),
         ({"keep": 0.001}, r"parameters: a budget of \d+ is out of reach, the least .* is"),
         ({"keep": 0.5, "bounds": {"*.mlp.*": (0.9, 1.0)}}, r"parameters: a budget of [\d,]+ is out of reach"),
@@ -275,8 +276,62 @@ def test_embedding_and_head_are_checked_too() -> None:
 def test_channels_must_go_on_both_sides(known: Profile, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     planned(known, Recipe(keep=0.9, channels=False)).save(path)
+    dense = {"sites": None, "bonds": [], "gauge": False}
     with pytest.raises(PlanError, match=r"0\.mlp\.up: the plan keeps 60 rows, but what reads them .* keeps no fewer"):
-        edited(path, lambda c: c["matrices"][1].update(rows=60, sites=None)).check(SHAPES, OTHER)
+        edited(path, lambda c: c["matrices"][1].update(dense | {"rows": 60})).check(SHAPES, OTHER)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"bond": [8]}, r"entry model\.layers\.0\.mlp\.up: .*there is no key 'bond'; the keys are name, block"),
+        ({"sites": None}, r"mlp\.up: .*bonds and a gauge go with sites"),
+        ({"gauge": "false"}, r"mlp\.up: .*gauge: 'false' is neither true nor false"),
+        ({"grid": {"bits": 4, "group": 64.0}}, r"mlp\.up: .*a group of 64.0 columns is no whole number"),
+    ],
+)
+def test_an_entry_that_says_nothing_sensible_is_named(
+    known: Profile, tmp_path: Path, change: dict[str, Any], match: str
+) -> None:
+    path = tmp_path / "plan.json"
+    planned(known, Recipe(keep=0.3, channels=False)).save(path)
+    with pytest.raises(PlanError, match=match):
+        edited(path, lambda c: c["matrices"][1].update(change))
+
+
+def test_an_edited_plan_predicts_nothing(known: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan = planned(known, Recipe(keep=0.9, channels=False))
+    plan.save(path)
+    assert Plan.load(path).loss == pytest.approx(plan.loss, rel=1e-5)
+    other = edited(path, lambda c: c["matrices"][1].update(sites=None, bonds=[], gauge=False))
+    assert (other.loss, other.gap) == (None, None)
+
+
+def test_a_plan_of_a_later_format_is_refused(known: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    planned(known, Recipe(keep=0.9)).save(path)
+    with pytest.raises(PlanError, match="has format 2, this version of bondsmith reads 1"):
+        edited(path, lambda c: c.update(format=2))
+
+
+def test_an_embedding_cannot_be_cut() -> None:
+    cut = MatrixPlan("embed", -1, 300, 48, Sites((300, 1), (1, 48)), (8,))
+    with pytest.raises(PlanError, match="embed: embedding and head can be rounded"):
+        Plan((), 300 * 48, (cut,)).check({}, 300 * 48, {"embed": (300, 48)})
+    twice = MatrixPlan("embed", -1, 300, 48, grid=Grid(8, 0))
+    with pytest.raises(PlanError, match="embed: the plan has two entries"):
+        Plan((), 300 * 48, (twice, twice)).check({}, 300 * 48, {"embed": (300, 48)})
+
+
+def test_bounds_that_keep_all_leave_no_hybrid(known: Profile) -> None:
+    alone = planned(known, Recipe(bytes="0.2", channels=False, bounds={"*": (1, 1)}))
+    assert all(m.sites is None and m.grid is not None for m in alone.matrices)
+
+
+def test_what_is_not_rounded_may_be_more_than_the_budget(known: Profile) -> None:
+    with pytest.raises(PlanError, match="is out of reach, the smallest plan has"):
+        planned(known, Recipe(bytes="0.05", bits=16))
 
 
 def test_a_tolerated_loss_may_round(known: Profile) -> None:

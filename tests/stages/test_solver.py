@@ -77,6 +77,29 @@ def test_what_cannot_be_met_is_named_with_the_least() -> None:
     assert (caught.value.quantity, caught.value.least) == ("bytes", 8.0)
 
 
+@pytest.mark.parametrize("budget", [0.0, -12.0])
+def test_a_budget_below_what_is_there_anyway_cannot_be_met(budget: float) -> None:
+    """What no choice changes is taken off a budget, so that it can be negative."""
+    item = [Way(({"loss": np.array([0.0, 1.0]), "bytes": np.array([8.0, 4.0])},))]
+    with pytest.raises(InfeasibleError, match="the least reachable is 4"):
+        choose([item], {"bytes": budget})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_large_items_are_tried_candidate_by_candidate(seed: int) -> None:
+    """An embedding and a head, each most of the budget, beside small matrices."""
+    generator = np.random.default_rng(seed)
+    items = random_items(generator, 4, 1, 4)
+    for size in (30.0, 20.0):
+        sizes = size * np.array([16.0, 8.0, 4.0, 3.0, 2.0]) / 16
+        loss = generator.uniform(1, 50) * 4.0 ** -np.array([16.0, 8.0, 4.0, 3.0, 2.0])
+        items.append([Way(({"loss": loss, "parameters": sizes, "bytes": sizes},))])
+    for budgets in ({"bytes": 60.0}, {"bytes": 60.0, "parameters": 40.0}):
+        choice = choose(items, budgets, gap=1e-9)
+        assert choice.totals["loss"] == pytest.approx(brute_force(items, budgets, "loss"), rel=1e-6)
+        assert choice.gap <= 1e-6
+
+
 def test_budgets_that_exclude_each_other_are_named_together() -> None:
     """Each can be met alone; the least of one within the others is what to raise it to."""
     item = [Way(({"loss": np.array([0.0, 1.0, 2.0]), "bytes": np.array([8.0, 4.0, 2.0]), "parameters": np.ones(3)},))]

@@ -68,6 +68,11 @@ def profile(
     """Show what each matrix of MODEL can bear: predicted for the whole model from one pass, or measured with --layers."""
     from bondsmith import profiling
 
+    of_layers: dict[str, Any] = {"--blocks": blocks, "--keeps": keeps, "--sites": sites, "--windows": windows}
+    of_layers |= {"--tasks": tasks, "--data": data, "--limit": limit}
+    idle = given({"--probes": probes} if layers else of_layers)
+    if idle:
+        raise typer.BadParameter(f"{', '.join(idle)}: only {'without' if layers else 'with'} --layers")
     if not layers:
         from bondsmith.planner import PAGE
         from bondsmith.planner import profile as fast
@@ -174,15 +179,17 @@ def frontier(
     from bondsmith import pipeline, planner
 
     finished = (Path(model) / "profile.json").is_file()
-    home = Path(model) if finished else directory or Path(f"{Path(model).stem}-profile")
+    home = Path(model) if finished else directory or Path(f"{Path(model).name.removesuffix('.gguf')}-profile")
+    wanted: dict[str, Any] = {"calibration": calibration, "evaluation": evaluation, "tokens": tokens, "window": window}
+    wanted = given(wanted | {"device": device, "seed": seed})
     with progress_bars() as show:
-        if not (home / "profile.json").is_file():
-            wanted = {"calibration": calibration, "evaluation": evaluation, "tokens": tokens, "window": window}
-            resume = home.is_dir() and any(home.iterdir())
-            planner.profile(
-                model, home, resume=resume, progress=show, **given(wanted | {"device": device, "seed": seed})
-            )
-        known = {p.name: p for p in measured or ()} | pipeline.carry_out(home, carry or (), show)
+        if (home / "profile.json").is_file():
+            planner.check_profile_of(home, None if finished else model, **wanted)
+        else:
+            planner.profile(model, home, resume=home.is_dir() and any(home.iterdir()), progress=show, **wanted)
+        names = [p.name for p in measured or ()]
+        known = {p.name if names.count(p.name) == 1 else str(p): p for p in measured or ()}
+        known |= pipeline.carry_out(home, carry or (), show)
         page = to or home / "frontier.html"
         found = planner.frontier(home, page, measured=known, progress=show)
     out.print(found.table())

@@ -32,6 +32,7 @@ from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.propagation import Fitting, fit_propagated, leave, traced_groups
 from bondsmith.stages.reduction import drop_channels
 from bondsmith.stages.rounding import rounded_tables
+from bondsmith.stages.shapes import table_plans
 
 
 def compress_rest(job: Job) -> None:
@@ -39,7 +40,8 @@ def compress_rest(job: Job) -> None:
     if not job.shard(-1).is_file():
         names = [n for n in stored_names(job.runner.model) if not n.startswith(job.runner.path + ".")]
         tensors = job.source.read(names)
-        rounded, errors = rounded_tables(job.plan, tensors, job.fisher, job.recipe.rounding)
+        ends = [table.name for table in table_plans(job.runner)]
+        rounded, errors = rounded_tables(job.plan, tensors, job.fisher, ends, job.recipe.rounding)
         state = {name: t.to(job.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         write_json(job.work / "errors-tables.json", errors)
         write_shard(job.shard(-1), state | rounded)

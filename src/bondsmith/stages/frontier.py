@@ -196,8 +196,8 @@ def frontier_sections(frontier: Frontier) -> list[Section]:
         for m in frontier.measured
     ]
     text = [
-        "Lines: divergence from the original to be expected of the best plan for each size; single marks: compressed models, measured. "
-        + frontier.note,
+        "Lines: divergence from the original to be expected of the best plan for each number of bytes, in the right panel drawn against "
+        "its parameters; single marks: compressed models, measured. " + frontier.note,
         *(
             f"{mode}: "
             + ", ".join(

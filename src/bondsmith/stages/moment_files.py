@@ -40,22 +40,19 @@ def load_table_moments(folder: Path, ids: Tensor) -> TableMoments:
     return TableMoments(head["input"], head["weight"], embedding["gradient"], shares)
 
 
-def table_moment(folder: Path, name: str, tied: bool) -> Tensor | None:
+def table_moment(folder: Path, embeds: bool, predicts: bool) -> Tensor | None:
     """Returns the metric in which errors of a row of embedding or head count, (width, width), or None where none was measured.
 
     For a head that is the moment of what it reads, for an embedding that of the loss gradient at its output, each times the mean weight
     of a row; for a matrix that is both, their sum.
     """
-    found: Tensor | None = None
     head, embedding = folder / "head.safetensors", folder / "embedding.safetensors"
     if not (head.is_file() and embedding.is_file()):
         return None
     seen = load_file(head)
     as_head = seen["input"] * seen["weight"].mean()
     as_embedding = load_file(embedding)["gradient"] / len(seen["weight"])
-    is_head = tied or "head" in name
-    found = as_head + as_embedding if tied else as_head if is_head else as_embedding
-    return found
+    return predicts * as_head + embeds * as_embedding
 
 
 def load_output_moments(folder: Path, block: int) -> dict[str, Tensor]:

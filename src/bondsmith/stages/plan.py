@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bondsmith.model.digest import digest_of_json
 from bondsmith.stages.wording import duration, size
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
 
 PIVOT_BYTES = 4  # a gauged network stores the order of its output rows as int32
 FORMAT = 1
+_KEYS = ("name", "block", "shape", "sites", "bonds", "gauge", "rows", "columns", "grid", "base", "loss")
 HEADER_BYTES = 192  # of a safetensors file per tensor: name, dtype, shape, offsets
 
 
@@ -135,6 +137,11 @@ class MatrixPlan:
         if clipped != tuple(self.bonds):
             raise PlanError(f"{self.name}: bonds {list(self.bonds)} are over the exact ones, {list(clipped)}")
 
+    def check_table(self) -> None:
+        """Raises PlanError unless the entry says of an embedding or head what can be carried out: a grid, or that it stays."""
+        if self.sites is not None or self.base is not None or self.kept_rows or self.kept_columns:
+            raise PlanError(f"{self.name}: embedding and head can be rounded (`grid`), not cut")
+
     def to_json(self) -> dict[str, Any]:
         """Returns the entry of `plan.json`."""
         entry: dict[str, Any] = {"name": self.name, "block": self.block, "shape": [self.out_features, self.in_features]}
@@ -168,7 +175,11 @@ class MatrixPlan:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> MatrixPlan:
         """Returns the matrix of an entry of `plan.json`."""
-        pairs = entry.get("sites")
+        pairs, gauge = entry.get("sites"), entry.get("gauge", False)
+        if not isinstance(gauge, bool):
+            raise ValueError(f"gauge: {gauge!r} is neither true nor false")
+        if not pairs and (entry.get("bonds") or gauge):
+            raise ValueError("bonds and a gauge go with sites, like [[rows, 1], [1, columns]] for a matrix cut")
         sites = Sites(tuple(o for o, _ in pairs), tuple(i for _, i in pairs)) if pairs else None
         rows, columns = entry["shape"]
         return cls(
@@ -178,7 +189,7 @@ class MatrixPlan:
             columns,
             sites,
             tuple(entry.get("bonds", ())),
-            bool(entry.get("gauge", False)),
+            gauge,
             Grid(**entry["grid"]) if entry.get("grid") else None,
             entry.get("loss"),
             entry.get("rows"),
@@ -270,6 +281,7 @@ class Plan:
         head: dict[str, Any] = {"format": FORMAT, "other_parameters": self.other_parameters}
         if self.loss is not None:
             head |= {"loss": float(f"{self.loss:.6g}"), "gap": self.gap}
+            head["checksum"] = _checksum(self.matrices, self.tables)
         lists = {"tables": self.tables, "matrices": self.matrices}
         body = [
             f'"{name}": [\n' + ",\n".join("  " + json.dumps(m.to_json()) for m in rows) + "\n]"
@@ -283,8 +295,14 @@ class Plan:
         """Returns the plan of a `plan.json`; PlanError where it cannot be read, naming the entry."""
         try:
             content = json.loads(path.read_text())
+            if content.get("format") != FORMAT:
+                raise PlanError(
+                    f"{path} has format {content.get('format')!r}, this version of bondsmith reads {FORMAT}"
+                )
             lists = [tuple(_entry(m, path) for m in content.get(k, ())) for k in ("matrices", "tables")]
-            plan = cls(lists[0], content["other_parameters"], lists[1], content.get("loss"), content.get("gap"))
+            known = content.get("checksum") in (None, _checksum(*lists))
+            loss, gap = (content.get("loss"), content.get("gap")) if known else (None, None)
+            plan = cls(lists[0], content["other_parameters"], lists[1], loss, gap)
         except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan: {type(error).__name__}: {error}") from error
         return plan
@@ -324,6 +342,9 @@ class Plan:
             )
         for block in dict.fromkeys(m.block for m in self.matrices if m.kept_rows or m.kept_columns):
             _check_channels(self.block(block))
+        names = [table.name for table in self.tables]
+        if len(set(names)) < len(names):
+            raise PlanError(f"{max(names, key=names.count)}: the plan has two entries for this matrix")
         for table in self.tables:
             if tables is not None and tables.get(table.name) != (table.out_features, table.in_features):
                 has = " x ".join(map(str, tables.get(table.name, ()))) or f"none of this name, but {', '.join(tables)}"
@@ -331,6 +352,7 @@ class Plan:
                     f"{table.name}: the plan says {table.out_features} x {table.in_features} outside the blocks, the model has {has}"
                 )
             table.check()
+            table.check_table()
         if self.other_parameters != other_parameters:
             raise PlanError(
                 f"other_parameters: the plan counts {self.other_parameters}, the model has {other_parameters} outside its matrices"
@@ -353,6 +375,11 @@ class Plan:
             f"{self.parameters / 1e6:.1f} M parameters of {(self.other_parameters + before) / 1e6:.1f} M{stored}, "
             f"{work / 1e6:.1f} M multiply-adds a token in the matrices ({work / before:.2f} of them){rounded}{loss}{needs}"
         )
+
+
+def _checksum(matrices: Sequence[MatrixPlan], tables: Sequence[MatrixPlan]) -> str:
+    """Of the entries that a predicted loss belongs to: edited by hand, a plan has none."""
+    return digest_of_json([[m.to_json() for m in some] for some in (matrices, tables)])
 
 
 def _check_channels(matrices: Sequence[MatrixPlan]) -> None:
@@ -383,6 +410,9 @@ def _tensors(grid: Grid | None) -> int:
 
 def _entry(entry: Mapping[str, Any], path: Path) -> MatrixPlan:
     try:
+        unknown = [key for key in entry if key not in _KEYS]
+        if unknown:
+            raise ValueError(f"there is no key {unknown[0]!r}; the keys are {', '.join(_KEYS)}")
         return MatrixPlan.from_json(entry)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise PlanError(f"{path}: entry {entry.get('name', '?')}: {type(error).__name__}: {error}") from error

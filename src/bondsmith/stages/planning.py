@@ -20,6 +20,7 @@ from bondsmith.stages.plan import HEADER_BYTES, MatrixPlan, Plan, PlanError
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Profile, Reduced, TableProfile
 from bondsmith.stages.solver import InfeasibleError, choose
 from bondsmith.stages.uniform import check_patterns
+from bondsmith.stages.wording import size
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import ROUND_TO, Sites
 
@@ -36,7 +37,7 @@ def candidates(matrix: MatrixPlan, recipe: Recipe, largest_beside: int = 0) -> l
     """Returns what may become of a matrix, within the bounds that the recipe sets for it; the largest first.
 
     Bonds are multiples of 8 on a grid of at most 64; a rounded candidate exists for each of the recipe's bits, and hybrids of up to
-    three bits with a network of bond `largest_beside` at most.
+    three bits with a network of bond `largest_beside` at most, unless the bounds want the matrix as it is.
     """
     if recipe.spares(matrix.name):
         return [matrix]
@@ -50,7 +51,7 @@ def candidates(matrix: MatrixPlan, recipe: Recipe, largest_beside: int = 0) -> l
     allowed = [c for c in useful if low <= c.parameters / matrix.dense_parameters <= high]
     coarse = [c for i, c in enumerate(allowed) if c.sites is None or i % max(1, len(allowed) // ROUNDED_LEVELS) == 0]
     found = [replace(c, grid=grid) for grid in recipe.grids for c in (allowed if grid is None else coarse)]
-    return found if high < 1 else found + _hybrids(matrix, recipe, min(largest_beside, full // 2))
+    return found if high < 1 or low == 1 else found + _hybrids(matrix, recipe, min(largest_beside, full // 2))
 
 
 def _hybrids(matrix: MatrixPlan, recipe: Recipe, largest: int) -> list[MatrixPlan]:
@@ -78,7 +79,7 @@ def planned(profile: Profile, recipe: Recipe) -> Plan:
         RecipeError: a pattern matches no matrix.
     """
     shapes = {m.name: (m.block, m.out_features, m.in_features) for m in profile.matrices}
-    check_patterns(shapes, recipe)
+    check_patterns([*shapes, *(t.name for t in profile.tables)], recipe)
     for pattern in recipe.bounds:
         if not any(fnmatch(name, pattern) for name in shapes):
             raise RecipeError(f"bounds: {pattern!r} matches no matrix; names look like {next(iter(shapes))!r}")
@@ -144,7 +145,7 @@ def _options(entries: Mapping[str, MatrixPlan], recipe: Recipe, profile: Profile
 
 def _table(profile: TableProfile, whole: MatrixPlan, recipe: Recipe) -> list[_Option]:
     """Returns the ways of an embedding or a head: one, with a candidate for each width."""
-    own = [replace(whole, grid=grid) for grid in recipe.grids]
+    own = [whole] if recipe.spares(whole.name) else [replace(whole, grid=grid) for grid in recipe.grids]
     losses = [0.0 if c.grid is None else rounding_loss(profile.rounding, 1.0, c.grid) for c in own]
     return [_Option((own,), (np.array(losses),))]
 
@@ -243,8 +244,8 @@ def _out_of_reach(error: InfeasibleError, tables: Sequence[MatrixPlan], profile:
         fixed = _fixed_bytes(tables, profile)
         what = "norms and biases" if tables else "embedding, head and norms"
         return (
-            f"bytes: {(error.budget + fixed) / 1e6:.1f} MB is out of reach, the smallest plan has {(error.least + fixed) / 1e6:.1f} MB, "
-            f"{fixed / 1e6:.1f} of them {what} at {profile.itemsize} bytes a parameter; give a larger size, fewer bits, or looser bounds"
+            f"bytes: {size(error.budget + fixed)} is out of reach, the smallest plan has {size(error.least + fixed)}, "
+            f"{size(fixed)} of them {what} at {profile.itemsize} bytes a parameter; give a larger size, fewer bits, or looser bounds"
         )
     if error.quantity == "loss":
         return f"loss: even with everything kept the predicted loss is {error.least:.4g} nats, over {error.budget:g}"
@@ -257,7 +258,7 @@ def _out_of_reach(error: InfeasibleError, tables: Sequence[MatrixPlan], profile:
 def _amount(quantity: str, value: float) -> str:
     if quantity == "loss":
         return f"{value:.4g} nats"
-    return f"{value / 1e6:.1f} MB" if quantity == "bytes" else f"{value:,.0f}"
+    return size(value) if quantity == "bytes" else f"{value:,.0f}"
 
 
 def _bounds(name: str, recipe: Recipe) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,14 +12,17 @@ from torch import Tensor, nn
 
 from bondsmith.model.blocks import shape, weight
 from bondsmith.model.memory import fitting_memory
-from bondsmith.model.source import ModelError
-from bondsmith.model.tracing import HiddenBond
+from bondsmith.model.source import ModelError, empty
+from bondsmith.model.tracing import HiddenBond, find_hidden_bonds, trace_groups
 from bondsmith.stages.fast_profile import channel_counts
 from bondsmith.stages.fitting import dense_layer
+from bondsmith.stages.job import Job
 from bondsmith.stages.moment_files import load_hidden_bonds, load_input_moments
 from bondsmith.stages.plan import MatrixPlan, Plan
 from bondsmith.tensor.channels import Channels, eliminate_channels
 from bondsmith.tensor.metric import energy
+
+_A_FEW = 64  # tokens on which channels are told apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +53,42 @@ def drop_channels(
     Raises:
         ModelError: the plan drops rows or columns that belong to no hidden bond, or not the same number on both sides.
     """
-    smaller = {name for name, m in plans.items() if m.kept_rows is not None or m.kept_columns is not None}
-    if not smaller:
+    if not _smaller(plans):
         return {}
-    found: dict[str, Reduced] = {}
-    for bond in load_hidden_bonds(moments, k):
+    cut = _cut_bonds(load_hidden_bonds(moments, k), plans)
+    return {b.reader: _drop(block, b, plans[b.reader].columns, moments, k, outputs, damping) for b in cut}
+
+
+def check_channels(job: Job) -> None:
+    """Raises ModelError where the plan drops rows or columns that belong to no hidden bond, or not the same number on both sides.
+
+    The blocks concerned are read, each runs a few times on one window.
+    """
+    for k in range(len(job.runner)):
+        prefix = f"{job.runner.path}.{k}."
+        plans = {m.name.removeprefix(prefix): m for m in job.plan.block(k)}
+        if not _smaller(plans):
+            continue
+        block, ids = job.load(k), job.ids[:1, :_A_FEW].to(job.device)
+        run = partial(job.runner.block, k, ids, job.runner.enter(ids))
+        try:
+            _cut_bonds(find_hidden_bonds(block, trace_groups(block, run), run), plans)
+        finally:
+            empty(block)
+
+
+def _smaller(plans: Mapping[str, MatrixPlan]) -> set[str]:
+    return {name for name, m in plans.items() if m.kept_rows is not None or m.kept_columns is not None}
+
+
+def _cut_bonds(bonds: Iterable[HiddenBond], plans: Mapping[str, MatrixPlan]) -> list[HiddenBond]:
+    """Returns the bonds that lose channels; ModelError unless all their matrices lose the same, and no other one loses any."""
+    smaller, found = _smaller(plans), []
+    for bond in bonds:
         own = {*bond.writers, bond.reader}
         if own & smaller:
             _check(bond, plans)
-            found[bond.reader] = _drop(block, bond, plans[bond.reader].columns, moments, k, outputs, damping)
+            found.append(bond)
             smaller -= own
     if smaller:
         name = plans[min(smaller)].name

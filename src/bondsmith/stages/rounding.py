@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,21 +91,23 @@ def round_cores(
 
 
 def rounded_tables(
-    plan: Plan, tensors: dict[str, Tensor], moments: Path | None, rounding: str = "compensated"
+    plan: Plan, tensors: dict[str, Tensor], moments: Path | None, names: Sequence[str], rounding: str = "compensated"
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Takes the weights of embedding and head that a plan rounds out of `tensors`.
 
     Returns what a weight file holds of them instead, and the relative error of each, by name.
 
     Args:
+        names: of embedding and head, of one where they are tied.
         moments: directory of the gradients stage: what the head reads, and the loss gradient at the embedding's output.
     """
     found: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     for table in plan.tables:
         if table.grid is not None:
-            tied, weight = len(plan.tables) == 1, tensors.pop(f"{table.name}.weight")
-            rounded = round_table(weight, table, moments, tied=tied, rounding=rounding)
+            weight = tensors.pop(f"{table.name}.weight")
+            roles = {"embeds": table.name == names[0], "predicts": table.name == names[-1]}
+            rounded = round_table(weight, table, moments, **roles, rounding=rounding)
             found |= {f"{table.name}.{leaf}": t for leaf, t in rounded.tensors().items()}
             errors[table.name] = _relative_error(weight, rounded)
     return found, errors
@@ -124,11 +126,17 @@ def _relative_error(weight: Tensor, rounded: Rounded) -> float:
 
 
 def round_table(
-    weight: Tensor, table: MatrixPlan, moments: Path | None, *, tied: bool, rounding: str = "compensated"
+    weight: Tensor,
+    table: MatrixPlan,
+    moments: Path | None,
+    *,
+    embeds: bool,
+    predicts: bool,
+    rounding: str = "compensated",
 ) -> Rounded:
-    """Returns an embedding or head, (vocabulary, width), rounded; `tied`: it is both at once."""
+    """Returns an embedding or head, (vocabulary, width), rounded; a tied one is both."""
     assert table.grid is not None
-    metric = table_moment(moments, table.name, tied) if moments is not None else None
+    metric = table_moment(moments, embeds, predicts) if moments is not None else None
     try:
         return _round(weight, table.grid, metric, rounding)
     except ValueError as error:

@@ -53,20 +53,28 @@ def choose(
     >>> choose([item, item], {"bytes": 12}).candidates in [((0,), (1,)), ((1,), (0,))]
     True
     """
+    least = {q: _least(items, q) for q in budgets}
+    if any(least[q] > b + 1e-12 * abs(b) for q, b in budgets.items()):
+        raise _unmet(items, budgets, gap, seconds)
     for limit in (1.0, _TIGHT):
         try:
             choice = _choose(items, budgets, minimise, limit, gap, time.monotonic() + seconds)
         except NoChoiceError:
-            raise _unmet(items, budgets, gap, seconds) from None
-        if all(choice.totals[q] <= b * (1 + 1e-12) for q, b in budgets.items()):
             break
-    return choice
+        if all(choice.totals[q] <= b + 1e-12 * abs(b) for q, b in budgets.items()):
+            return choice
+    raise _unmet(items, budgets, gap, seconds)
+
+
+def _least(items: Sequence[Sequence[Way]], quantity: str) -> float:
+    """Returns the smallest reachable total of a quantity, whatever the others come to."""
+    return sum(min(way.least(quantity) for way in item) for item in items)
 
 
 def _unmet(items: Sequence[Sequence[Way]], budgets: Mapping[str, float], gap: float, seconds: float) -> InfeasibleError:
     """Returns what says which budget cannot be met by itself or, where each can, how far one must be raised for the others to hold."""
-    alone = {q: sum(min(way.least(q) for way in item) for item in items) for q in budgets}
-    quantity = max(budgets, key=lambda q: alone[q] / max(abs(budgets[q]), 1e-300))
+    alone = {q: _least(items, q) for q in budgets}
+    quantity = max(budgets, key=lambda q: (alone[q] - budgets[q]) / max(abs(budgets[q]), 1e-300))
     error = InfeasibleError(quantity, budgets[quantity], alone[quantity])
     if alone[quantity] > budgets[quantity] or len(budgets) == 1:
         return error
@@ -97,20 +105,26 @@ def _choose(
     deadline: float,
 ) -> Choice:
     """Returns the choice: large items are tried candidate by candidate, in the order of what each can lead to at best."""
-    branches: list[tuple[float, Problem, list[Sequence[Way]], dict[int, int]]] = []
+    whole = replace(Problem.build(items, budgets, minimise), limit=limit)
+    bound, rises = whole.relax()
+    rise_of = {(i, c): r for (i, _, m, c), r in zip(whole.place.tolist(), rises.tolist(), strict=True) if m == 0}
+    branches = []
     for fixed, own in _branches(items, budgets):
-        problem = replace(Problem.build(own, budgets, minimise), limit=limit)
-        try:
-            branches.append((problem.relax()[0] * problem.scale, problem, own, fixed))
-        except NoChoiceError:
-            continue
+        rise = sum(rise_of.get(pair, np.inf) for pair in fixed.items())  # inf: another candidate beats it
+        if rise < np.inf:
+            branches.append(((bound + rise) * whole.scale, fixed, own))
     best: Choice | None = None
     least = np.inf
-    for bound, problem, own, fixed in sorted(branches, key=lambda branch: branch[0]):
+    for bound, fixed, own in sorted(branches, key=lambda branch: branch[0]):
         if best is not None and bound >= best.totals[minimise] * (1 - gap):
             least = min(least, bound)
             break
+        problem = replace(Problem.build(own, budgets, minimise), limit=limit)
         try:
+            above = problem.relax()[0] * problem.scale
+            if best is not None and above >= best.totals[minimise] * (1 - gap):
+                least = min(least, above)
+                continue
             found = _solve(own, problem, gap, deadline)
         except NoChoiceError:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 
@@ -29,7 +29,7 @@ def uniform_plan(
     Raises:
         PlanError: a site shape does not fit a matrix, or the share or size is out of reach.
     """
-    check_patterns(shapes, recipe)
+    check_patterns([*shapes, *(t.name for t in tables)], recipe)
     if recipe.keep is not None:
         return _plan(shapes, other_parameters, recipe, recipe.keep, tables)
     total = other_parameters + sum(o * i for _, o, i in shapes.values())
@@ -58,11 +58,11 @@ def uniform_plan(
     return best
 
 
-def check_patterns(shapes: Mapping[str, tuple[int, int, int]], recipe: Recipe) -> None:
-    """Raises RecipeError if a pattern of matrices to keep dense matches none."""
+def check_patterns(names: Sequence[str], recipe: Recipe) -> None:
+    """Raises RecipeError if a pattern of matrices to keep as they are matches none of these."""
     for pattern in recipe.keep_dense:
-        if not any(fnmatch(name, pattern) for name in shapes):
-            raise RecipeError(f"keep_dense: {pattern!r} matches no matrix; names look like {next(iter(shapes))!r}")
+        if not any(fnmatch(name, pattern) for name in names):
+            raise RecipeError(f"keep_dense: {pattern!r} matches no matrix; names look like {names[0]!r}")
 
 
 def _plan(
@@ -73,7 +73,7 @@ def _plan(
     tables: tuple[MatrixPlan, ...],
 ) -> Plan:
     (grid,) = recipe.grids
-    rounded = tuple(replace(t, grid=grid) for t in tables) if grid is not None else ()
+    rounded = tuple(t if recipe.spares(t.name) else replace(t, grid=grid) for t in tables) if grid is not None else ()
     return Plan(tuple(_matrix(name, *dims, recipe, keep, grid) for name, dims in shapes.items()), other, rounded)
 
 
@@ -81,7 +81,7 @@ def _matrix(
     name: str, block: int, rows: int, columns: int, recipe: Recipe, keep: float, grid: Grid | None
 ) -> MatrixPlan:
     dense = MatrixPlan(name, block, rows, columns, grid=grid)
-    if any(fnmatch(name, pattern) for pattern in recipe.keep_dense):
+    if recipe.spares(name):
         return replace(dense, grid=None)
     try:
         sites = parse_sites(recipe.sites, rows, columns)

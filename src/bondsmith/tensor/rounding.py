@@ -67,6 +67,10 @@ class Grid:
             raise ValueError(f"codebook {self.codebook!r} is not one of {', '.join(CODEBOOKS)}")
         if self.codebook == "nf4" and (self.bits != 4 or not self.symmetric):
             raise ValueError("the codebook nf4 has 4 bits and is symmetric")
+        if isinstance(self.group, bool) or not isinstance(self.group, int):
+            raise ValueError(f"a group of {self.group!r} columns is no whole number")
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric: {self.symmetric!r} is neither true nor false")
         if self.group < 0:
             raise ValueError(f"a group of {self.group} columns does not exist; 0 is one scale per row")
 
