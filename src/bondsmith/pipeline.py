@@ -7,6 +7,7 @@ settings and the contents of the input files says whether a later run may go on 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,18 @@ from transformers import PreTrainedModel
 
 from bondsmith.data import DataError, Windows, check_spec, fitted_sample
 from bondsmith.limits import check_disk, check_memory, device_of
-from bondsmith.model.checkpoint import open_compressed, shard_name, write_config, write_index, write_json
+from bondsmith.model.checkpoint import (
+    is_compressed,
+    open_compressed,
+    shard_name,
+    write_config,
+    write_index,
+    write_json,
+)
 from bondsmith.model.hub import load
-from bondsmith.model.source import ModelError, Source, file_digest, load_whole
+from bondsmith.model.source import ModelError, Source, file_digest, load_whole, open_source
 from bondsmith.planner import adopt, shared_settings
-from bondsmith.recipe import Recipe, RecipeError
+from bondsmith.recipe import Recipe, RecipeError, parse_bytes
 from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, LOG, RunError, check_apart, log, logging_to, move_into_place, open_directory
 from bondsmith.stages import decompose, describe, quality, report, speed
@@ -66,7 +74,8 @@ def compress(
     """Compresses `model` into the directory `out`; returns where it is and its figures.
 
     Args:
-        model: a hub id, a directory, a `.gguf` file or a loaded model (whose tokenizer is looked for at its `name_or_path`).
+        model: a hub id, a directory, a `.gguf` file or a loaded model (whose tokenizer is looked for at its `name_or_path`); or a
+            directory that this wrote, maybe healed, whose cores are rounded then and nothing else.
         recipe: the settings; or give them as keywords: `compress(model, out, keep=0.8, metric="loss")`.
         resume: go on with what an interrupted run with the same settings left in `OUT.partial`.
         overwrite: replace what is in `out`, once the new model is complete; drop what an interrupted run left.
@@ -79,6 +88,8 @@ def compress(
         DiskFullError: later; what is done is kept for `resume`.
     """
     recipe = recipe.changed(**settings) if recipe else Recipe.from_settings(settings)
+    if is_compressed(model):
+        recipe = _of_the_original(recipe.for_rounding(), Path(str(model)).expanduser())
     if recipe.profile is not None:
         recipe = recipe.changed(**shared_settings(Path(recipe.profile).expanduser()))
     out = Path(out).expanduser().absolute()
@@ -170,9 +181,11 @@ class _Compression(Run):
         results = self.describe(job, calibration)
         if training := decompose.read_training(job):
             results["blockwise"] = training
+        if is_compressed(source.path):
+            results = _carried_on(results, source.path)
         del job, runner, opened
         if evaluate:
-            results |= self.evaluate(source, held_out, calibration)
+            results |= self.evaluate(self.original(source, results), held_out, calibration)
         results["seconds"] = self.seconds
         write_json(self.directory / "results.json", results)
         report.write_report(self.directory, results)
@@ -185,7 +198,8 @@ class _Compression(Run):
             tokenizer.save_pretrained(self.directory)
         count = len(job.runner) + 1
         write_index(self.directory, [shard_name(i, count) for i in range(count)])
-        networks = {m.name: m.network() for m in job.plan.matrices if m.network()}
+        networks = dict(getattr(job.source.config, "quantization_config", None) or {}).get("networks", {})
+        networks = networks | {m.name: m.network() for m in job.plan.matrices if m.network()}
         for name, copies in fused_copies(job.plan, job.moments, job.runner.path).items():
             networks[name]["copies"] = copies
         write_config(self.directory, job.source, networks, job.dtype, job.plan.packed())
@@ -202,6 +216,17 @@ class _Compression(Run):
             self.directory,
             self.command,
         )
+
+    def original(self, source: Source, results: dict[str, Any]) -> Source:
+        """Returns what the result is compared with: of a compressed model that was rounded, the original where it can be found."""
+        if not is_compressed(source.path):
+            return source
+        name = results["model"]["name"]
+        try:
+            return open_source(name, self.work / "original")
+        except ModelError as error:
+            log.warning("%s: figures compare with %s, which was not rounded yet (%s)", name, source.path, error)
+            return source
 
     def evaluate(self, source: Source, held_out: Sequence[Windows], calibration: Sequence[Windows]) -> dict[str, Any]:
         """Returns quality on held-out text, on text that was fitted, and speed, measured on the model as it was written, read back."""
@@ -221,6 +246,26 @@ class _Compression(Run):
             models = load_whole(source, device), load(self.directory, dtype=torch.float32).to(device)
             rates = speed.compare_speed(*models, seed=self.recipe.seed, advance=lambda s: self.progress("speed", s))
         return found | {"speed": rates}
+
+
+def _of_the_original(recipe: Recipe, before: Path) -> Recipe:
+    """Returns the recipe with a size in bytes where it was a share: of the original, not of the compressed model `before`."""
+    file = before / "results.json"
+    if recipe.bytes is None or not file.is_file():
+        return recipe
+    parameters = json.loads(file.read_text())["size"]["original"]["parameters"]
+    return recipe.changed(bytes=f"{parse_bytes(recipe.bytes, parameters)}B")
+
+
+def _carried_on(results: dict[str, Any], before: Path) -> dict[str, Any]:
+    """Returns the results of rounding a compressed model: the original, and its healing, are those of the directory `before`."""
+    file = before / "results.json"
+    if not file.is_file():
+        return results
+    old = json.loads(file.read_text())
+    sizes = {**results["size"], "original": old["size"]["original"]}
+    kept = {name: old[name] for name in ("blockwise", "healing") if name in old}
+    return kept | results | {"model": old["model"] | {"rounded_from": str(before)}, "size": sizes}
 
 
 def _python_command(model: str | Path | PreTrainedModel, out: Path, recipe: Recipe) -> str:

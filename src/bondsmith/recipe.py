@@ -306,6 +306,22 @@ class Recipe:
             ]
         return tuple(found)
 
+    def for_rounding(self) -> Recipe:
+        """Returns the recipe for a model that is compressed already, whose networks stay as they are and can only be rounded.
+
+        RecipeError where it asks for anything else.
+        """
+        if not self.rounds:
+            raise RecipeError(
+                "a compressed model can only be rounded: give bits, or bytes, e.g. --bits 4 or --bytes 0.05"
+            )
+        if self.plan is not None or self.multiply_adds is not None or self.keep not in (None, 1.0):
+            raise RecipeError(
+                "a compressed model can only be rounded, its networks stay: give bits, or bytes, and neither a smaller keep, nor "
+                "multiply_adds, nor a plan"
+            )
+        return self.changed(channels=False, bounds={"*": (1.0, 1.0)}) if self.planned else self
+
     @property
     def needs_moments(self) -> bool:
         """True unless the metric looks at the weights alone."""

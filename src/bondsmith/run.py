@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from bondsmith.data import SELF, Windows, read_windows, sample_windows, split_windows
 from bondsmith.limits import check_memory, device_of, settled_metric
 from bondsmith.model.blocks import BlockRunner, weight
-from bondsmith.model.checkpoint import write_json, write_shard
-from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, open_source, skeleton, stored_names
+from bondsmith.model.checkpoint import open_model, write_json, write_shard
+from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
 from bondsmith.stages import moment_files, moments
@@ -82,7 +82,7 @@ class Run:
 
     def open(self, model: str | Path | PreTrainedModel, text: bool) -> Opened:
         """Returns the model, opened; `text` says whether a tokenizer is needed."""
-        source = open_source(model, self.work / "source")
+        source = open_model(model, self.work / "source")
         runner = BlockRunner(skeleton(source.config, device_of(self.recipe)))
         dtype = source.dtype if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
         shapes, other = model_shapes(runner)

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from bondsmith.model import digest
 from bondsmith.model.hub import BondsmithConfig
-from bondsmith.model.source import ModelError, Source
+from bondsmith.model.source import ModelError, Source, open_source
 
 INDEX = "bondsmith.safetensors.index.json"
 SHIM = "modeling_bondsmith.py"
@@ -145,6 +145,29 @@ from transformers import {architecture}
 class Bondsmith{architecture}({architecture}):
     """The architecture of the original model; some of its matrices are networks."""
 '''
+
+
+def open_model(model: str | Path | PreTrainedModel, cache: Path) -> Source:
+    """Returns the `Source` of an original, as `open_source`, or of a directory that bondsmith wrote and that is not rounded yet.
+
+    Raises:
+        ModelError: there is no such model, or it is rounded already.
+    """
+    if not is_compressed(model):
+        return open_source(model, cache)
+    source = open_compressed(Path(str(model)).expanduser().absolute())
+    quantization = source.config.quantization_config
+    if quantization.get("packed"):
+        raise ModelError(f"{model} is rounded already: give the directory as it was before, or the original")
+    for name, network in quantization["networks"].items():
+        if len(network.get("sites", ())) > 2 and network.get("gauge"):
+            raise ModelError(f"{name}: a gauged network of {len(network['sites'])} sites cannot be rounded afterwards")
+    return source
+
+
+def is_compressed(model: object) -> bool:
+    """Whether a model is a directory that bondsmith wrote."""
+    return isinstance(model, str | Path) and (Path(model).expanduser() / INDEX).is_file()
 
 
 def open_compressed(directory: Path) -> Source:

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bondsmith.model.blocks import shape
 from bondsmith.model.digest import DamagedError, check_files, digest_of_json, metadata
+from bondsmith.model.quantized import OURS
 from bondsmith.model.source import skeleton
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
@@ -30,7 +31,7 @@ from bondsmith.nn.packed import widen as widen_packed
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
 
-METHOD = "bondsmith"
+METHOD = OURS
 FORMAT = 2  # 2 brought packed modules and checksums; 1 still loads
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+OURS = "bondsmith"
 log = logging.getLogger("bondsmith")
 
 
@@ -25,7 +26,7 @@ def method_of(config: Any) -> str | None:
 
 def remedy(method: str) -> str:
     """Returns what to do about a checkpoint that cannot be opened."""
-    if method == "bondsmith":
+    if method == OURS:
         return "compress the original model with the settings you want instead"
     if method == "bitsandbytes":
         return "pip install 'bondsmith[bitsandbytes]', and it is dequantised on opening"

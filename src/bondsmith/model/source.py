@@ -83,7 +83,10 @@ class Source:
 
 
 def skeleton(config: Any, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Returns the model of a configuration in eval mode with parameters on the meta device and real buffers (rotary tables)."""
+    """Returns the model of a configuration in eval mode with parameters on the meta device and real buffers (rotary tables).
+
+    Of what bondsmith compressed, with its networks.
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -91,6 +94,10 @@ def skeleton(config: Any, device: torch.device | str = "cpu") -> PreTrainedModel
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             module._buffers[leaf] = None if buffer is None else buffer.to(device)
+    if quantized.method_of(config) == quantized.OURS:
+        from bondsmith.model.hub import replace_matrices  # which imports this module
+
+        replace_matrices(model, config.quantization_config["networks"])
     return model.eval()
 
 

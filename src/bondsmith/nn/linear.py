@@ -119,8 +119,10 @@ class MPOLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., O)` for `x` of shape `(..., I)`."""
-        if self._is_cut and (x.numel() < self._materialise_from or (self._gathers_on_cpu and x.device.type == "cpu")):
-            return self._forward_cut(x)
+        if self._is_cut:
+            few = x.numel() < self._materialise_from or (self._gathers_on_cpu and x.device.type == "cpu")
+            if few or not all(_is_readable(core) for core in self.cores):
+                return self._forward_cut(x)
         chain = self.sites.n > 2 or x.numel() >= self._materialise_from  # two sites keep one intermediate, no more
         if chain and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             y: Tensor = checkpoint(self._forward_network, x, use_reentrant=False)
