@@ -99,7 +99,7 @@ def test_quantised_checkpoints(model: Path, compressed: Path, tmp_path: Path, te
         tmp_path,
         text,
     )
-    refuses(ModelError, r"already quantised \(bondsmith\): compress the original", compressed, tmp_path, text)
+    refuses(RecipeError, "a compressed model can only be rounded", compressed, tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from bondsmith.model.checkpoint import (
 )
 from bondsmith.model.hub import load
 from bondsmith.model.source import ModelError, Source, file_digest, load_whole, open_source
-from bondsmith.planner import adopt, shared_settings
+from bondsmith.planner import SHARED, adopt, shared_settings
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
 from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, LOG, RunError, check_apart, log, logging_to, move_into_place, open_directory
@@ -91,7 +91,7 @@ def compress(
     if is_compressed(model):
         recipe = _of_the_original(recipe.for_rounding(), Path(str(model)).expanduser())
     if recipe.profile is not None:
-        recipe = recipe.changed(**shared_settings(Path(recipe.profile).expanduser()))
+        recipe = _with_profile(recipe)
     out = Path(out).expanduser().absolute()
     for spec in (*recipe.calibration, *recipe.evaluation):
         check_spec(spec)
@@ -246,6 +246,17 @@ class _Compression(Run):
             models = load_whole(source, device), load(self.directory, dtype=torch.float32).to(device)
             rates = speed.compare_speed(*models, seed=self.recipe.seed, advance=lambda s: self.progress("speed", s))
         return found | {"speed": rates}
+
+
+def _with_profile(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the settings that its profile was made with; what was asked otherwise is told."""
+    plain = Recipe(keep=1.0)
+    changed = recipe.changed(**shared_settings(Path(str(recipe.profile)).expanduser()))
+    for name in SHARED:
+        asked, has = getattr(recipe, name), getattr(changed, name)
+        if asked not in (has, getattr(plain, name)):
+            log.warning("%s: the profile %s has %s; %s is not used", name, recipe.profile, has, asked)
+    return changed
 
 
 def _of_the_original(recipe: Recipe, before: Path) -> Recipe:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -115,6 +116,12 @@ def plan(directory: str | Path, out: str | Path | None = None, **settings: Any) 
         ValueError: there is no profile, or PlanError: the budgets cannot be met.
     """
     profile, recipe = _load(directory), Recipe.from_settings(settings)
+    if not recipe.planned:
+        raise PlanError(
+            "plan: uniform plans and sites other than the matrix cut are not chosen from a profile; give them to compress"
+        )
+    if recipe.dtype != "auto":
+        profile = replace(profile, itemsize=getattr(torch, recipe.dtype).itemsize)
     found = planned(profile, recipe)
     taken = recipe.changed(**shared_settings(Path(directory).expanduser()))
     found = replace(found, needs=plan_needs(found, profile, taken, measure_speed()))

@@ -220,6 +220,12 @@ class Recipe:
         if self.plan is not None:
             if any(getattr(self, name) is not None for name in BUDGETS) or self.uniform:
                 raise RecipeError("plan: a finished plan needs no budget and is not uniform; give one or the other")
+            said = [n for n in ("bits", "keep_dense", "bounds") if getattr(self, n)]
+            said += [n for n in ("gauge", "channels") if not getattr(self, n)]
+            if said:
+                raise RecipeError(
+                    f"plan: a finished plan says itself what becomes of every matrix; leave {', '.join(said)} away"
+                )
             return
         if not self.planned:
             why = "uniform" if self.uniform else f"sites {self.sites}, which give every matrix the same share"

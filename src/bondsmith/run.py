@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from bondsmith.data import SELF, Windows, read_windows, sample_windows, split_windows
 from bondsmith.limits import check_memory, device_of, settled_metric
-from bondsmith.model.blocks import BlockRunner, weight
+from bondsmith.model.blocks import BlockRunner, fused_experts, weight
 from bondsmith.model.checkpoint import open_model, write_json, write_shard
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, skeleton, stored_names
 from bondsmith.recipe import Recipe
@@ -86,6 +86,7 @@ class Run:
         runner = BlockRunner(skeleton(source.config, device_of(self.recipe)))
         dtype = source.dtype if self.recipe.dtype == "auto" else getattr(torch, self.recipe.dtype)
         shapes, other = model_shapes(runner)
+        fused_experts(runner.model, source.name)
         tokenizer = tokenizer_of(model, source) if text else None
         return Opened(source, runner, dtype, shapes, other, table_plans(runner), tokenizer)
 

@@ -8,6 +8,7 @@ the blocks that are not wanted, and stops it after the one that is.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bondsmith.model.source import ModelError
+
+log = logging.getLogger("bondsmith")
 
 
 def find_blocks(model: nn.Module) -> str:
@@ -36,6 +39,21 @@ def find_blocks(model: nn.Module) -> str:
 def matrices(block: nn.Module) -> dict[str, nn.Module]:
     """Returns the weight matrices of a block by their names inside it: its `nn.Linear` and `Conv1D` modules."""
     return {name: m for name, m in block.named_modules() if name and isinstance(m, nn.Linear | Conv1D)}
+
+
+def fused_experts(model: nn.Module, name: str) -> int:
+    """Returns the numbers in tensors of three dimensions (experts of a mixture), which nothing here changes; warns of them."""
+    parameters = list(model.parameters())
+    found = sum(p.numel() for p in parameters if p.dim() > 2)
+    if found:
+        log.warning(
+            "%s: %.3g of its %.3g parameters are experts stored as tensors of three dimensions. They stay as they are: "
+            "keep counts the other matrices only, and multiply-adds leave them out",
+            name,
+            found,
+            sum(p.numel() for p in parameters),
+        )
+    return found
 
 
 def shape(matrix: nn.Module) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bondsmith.model.blocks import find_blocks, matrices, shape
+from bondsmith.model.blocks import find_blocks, fused_experts, matrices, shape
 from bondsmith.model.source import HUB_ID, ModelError, check_supported, read_config, stored_names
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,6 +34,7 @@ class Facts:
         dtype: the dtype of the checkpoint.
         stored_bytes: size of its weight files.
         known_from: where dtype and size come from, in words.
+        experts: of the other parameters, those in tensors of three dimensions: experts of a mixture.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Facts:
     dtype: torch.dtype
     stored_bytes: int
     known_from: str
+    experts: int = 0
 
     @property
     def matrix_parameters(self) -> int:
@@ -119,6 +121,7 @@ def _describe(name: str, path: Path, config: Any) -> Facts:
         shapes=shapes,
         tables=tables,
         other_parameters=total - sum(o * i for _, o, i in shapes.values()),
+        experts=fused_experts(model, name),
         head=model.get_output_embeddings().weight.numel(),
         cache_per_token=_cache(model),
         width=int(text.hidden_size),

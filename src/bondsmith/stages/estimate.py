@@ -241,7 +241,9 @@ def _out_of_reach(facts: Facts, recipe: Recipe, dtype: torch.dtype, error: PlanE
     grid = next((m.grid for m in least.matrices if m.grid), None)
     stored = str(dtype).removeprefix("torch.") if grid is None else f"{grid.bits} bits"
     stays = {m.name: m.bytes(each) for m in (least.tables or _tables(facts))}
-    stays["norms and biases"] = (facts.other_parameters - sum(r * c for r, c in facts.tables.values())) * each
+    ends = sum(r * c for r, c in facts.tables.values())
+    stays["norms and biases"] = (facts.other_parameters - ends - facts.experts) * each
+    stays["experts in tensors of three dimensions"] = facts.experts * each
     stays["networks"] = sum(m.bytes(each) for m in least.matrices if m.sites is not None)
     stays["matrices kept dense"] = sum(m.bytes(each) for m in least.matrices if m.sites is None)
     parts = ", ".join(f"{n} {size(v)}" for n, v in sorted(stays.items(), key=lambda kv: -kv[1]) if v)

@@ -152,9 +152,9 @@ def predict_frontier(
         raise PlanError(
             f"frontier: the profile is in the {profile.metric} metric, which predicts no nats; profile with --metric loss"
         )
-    found = tuple(_measured(label, directory) for label, directory in measured.items())
-    scale = Scale.through(found)
     total = profile.other_parameters + sum(m.out_features * m.in_features for m in profile.matrices)
+    found = tuple(_measured(label, directory, total) for label, directory in measured.items())
+    scale = Scale.through(found)
     steps: list[Step] = []
     answers: dict[tuple[str, float], int | None] = {}
     for i, (mode, own) in enumerate(MODES.items()):
@@ -231,12 +231,17 @@ def _plan(profile: Profile, settings: Mapping[str, Any]) -> Plan | None:
         return None
 
 
-def _measured(label: str, directory: Path) -> Measured:
+def _measured(label: str, directory: Path, parameters: int) -> Measured:
     path = Path(directory) / "results.json"
     if not path.is_file():
         raise PlanError(f"{directory} has no results.json: give a directory that `bondsmith compress` wrote")
     results = json.loads(path.read_text())
-    rows, sizes = results.get("quality") or [], results["size"]["compressed"]
+    rows, sizes, before = results.get("quality") or [], results["size"]["compressed"], results["size"]["original"]
+    if before["parameters"] != parameters:
+        raise PlanError(
+            f"{directory} was made from a model of {before['parameters']:,} parameters, the profile is of one of {parameters:,}: give a "
+            "directory that was compressed from the same model"
+        )
     if not rows:
         raise PlanError(
             f"{directory} was compressed with --no-evaluate: there is no measured divergence in its results.json"
