@@ -20,7 +20,7 @@ from bondsmith import ModelError, Recipe, cli
 from bondsmith.data import DataError
 from bondsmith.recipe import RecipeError, parse_bytes
 from bondsmith.rundir import RunError
-from bondsmith.stages.plan import PlanError
+from bondsmith.stages.matrix_plan import PlanError
 
 
 @pytest.fixture

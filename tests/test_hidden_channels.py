@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bondsmith
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.tracing import find_hidden_bonds, trace_groups
-from bondsmith.stages.plan import Plan, PlanError
+from bondsmith.stages.matrix_plan import PlanError
+from bondsmith.stages.plan import Plan
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from bondsmith.model.source import ModelError
 from bondsmith.pipeline import carry_out
 from bondsmith.recipe import RecipeError
 from bondsmith.rundir import RunError
-from bondsmith.stages.plan import Plan, PlanError
+from bondsmith.stages.matrix_plan import PlanError
+from bondsmith.stages.plan import Plan
 from bondsmith.stages.profile import Profile
 
 SETTINGS = {"tokens": 4096, "window": 32}

@@ -18,7 +18,7 @@ from bondsmith.model.blocks import replaced_weight
 from bondsmith.profiling import LayerSettings, profile_layers
 from bondsmith.recipe import RecipeError
 from bondsmith.rundir import RunError
-from bondsmith.stages.plan import PlanError
+from bondsmith.stages.matrix_plan import PlanError
 from bondsmith.stages.profile_layers import LayerProfile
 from bondsmith.tensor.fit import sequential_svd
 

@@ -15,7 +15,8 @@ from bondsmith.model.source import Source
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import RunError, log
 from bondsmith.stages.estimate import memory_needed
-from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.stages.matrix_plan import MatrixPlan
+from bondsmith.stages.plan import Plan
 from bondsmith.stages.wording import size
 
 

@@ -28,7 +28,8 @@ from bondsmith.run import Progress, Run
 from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, check_apart, check_idle, logging_to
 from bondsmith.stages.estimate import plan_needs
 from bondsmith.stages.frontier import Frontier, frontier_sections, predict_frontier
-from bondsmith.stages.plan import Plan, PlanError
+from bondsmith.stages.matrix_plan import PlanError
+from bondsmith.stages.plan import Plan
 from bondsmith.stages.planning import planned
 from bondsmith.stages.profile import Profile
 from bondsmith.stages.profile_page import fast_sections, write_page

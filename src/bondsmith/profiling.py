@@ -37,7 +37,7 @@ from bondsmith.recipe import Recipe
 from bondsmith.rundir import RunError
 from bondsmith.stages import describe, moment_files, moments
 from bondsmith.stages.layer_settings import LayerSettings as LayerSettings
-from bondsmith.stages.plan import MatrixPlan
+from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.probe import Probe, measure_probes
 from bondsmith.stages.profile_layers import (
     FILE,

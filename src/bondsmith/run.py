@@ -31,7 +31,8 @@ from bondsmith.stages.estimate import gradient_windows
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
 from bondsmith.stages.fitting import LEAST_DAMPING
 from bondsmith.stages.job import Job
-from bondsmith.stages.plan import MatrixPlan, Plan, PlanError
+from bondsmith.stages.matrix_plan import MatrixPlan, PlanError
+from bondsmith.stages.plan import Plan
 from bondsmith.stages.planning import planned
 from bondsmith.stages.probe import measure_probes
 from bondsmith.stages.profile import Profile, TableProfile

@@ -20,7 +20,7 @@ from bondsmith.model.facts import read_facts
 from bondsmith.model.source import ModelError
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages.estimate import estimate, smallest_plan
-from bondsmith.stages.plan import PlanError
+from bondsmith.stages.matrix_plan import PlanError
 from bondsmith.stages.rates import Speed, measure_speed
 
 LLAMA_70B = {

@@ -21,7 +21,7 @@ def main() -> None:
     from bondsmith.recipe import RecipeError
     from bondsmith.rundir import RunError
     from bondsmith.stages.healing.settings import HealError
-    from bondsmith.stages.plan import PlanError
+    from bondsmith.stages.matrix_plan import PlanError
     from bondsmith.stages.rows import TaskError
 
     try:

@@ -26,9 +26,9 @@ from bondsmith.nn.packed import saved_state
 from bondsmith.stages import blockwise
 from bondsmith.stages.fitting import fit_matrix, plain_form
 from bondsmith.stages.job import Job
+from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.moment import Moment, stream_weights
 from bondsmith.stages.moment_files import load_output_moments
-from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.propagation import Fitting, fit_propagated, leave, traced_groups
 from bondsmith.stages.reduction import drop_channels
 from bondsmith.stages.rounding import rounded_tables

@@ -18,7 +18,8 @@ from bondsmith._version import __version__
 from bondsmith.data import Windows
 from bondsmith.model.source import Source
 from bondsmith.recipe import Recipe
-from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.stages.matrix_plan import MatrixPlan
+from bondsmith.stages.plan import Plan
 
 _EXACT = 1e-3  # relative error that no rounding to few bits has; a scale in half precision alone stays below it
 

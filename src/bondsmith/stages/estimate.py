@@ -21,7 +21,8 @@ from rich.text import Text
 from bondsmith.data import SELF
 from bondsmith.model.facts import Facts
 from bondsmith.recipe import UNROUNDED, Recipe, RecipeError, parse_bytes
-from bondsmith.stages.plan import MatrixPlan, Needs, Plan, PlanError
+from bondsmith.stages.matrix_plan import MatrixPlan, PlanError
+from bondsmith.stages.plan import Needs, Plan
 from bondsmith.stages.profile import Profile
 from bondsmith.stages.rates import Speed
 from bondsmith.stages.uniform import uniform_plan

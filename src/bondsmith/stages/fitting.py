@@ -14,7 +14,7 @@ from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedLinear
 from bondsmith.recipe import Recipe
-from bondsmith.stages.plan import MatrixPlan
+from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.rounding import hybrid_layer, round_cores, rounded_dense
 from bondsmith.tensor.fit import sequential_svd, whitened_cut
 from bondsmith.tensor.metric import relative_error

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from bondsmith.recipe import Recipe
 from bondsmith.stages.figures import Curves, Line, Panel, Point, axis
-from bondsmith.stages.plan import Plan, PlanError
+from bondsmith.stages.matrix_plan import PlanError
+from bondsmith.stages.plan import Plan
 from bondsmith.stages.planning import planned
 from bondsmith.stages.profile import Profile
 from bondsmith.stages.profile_page import PageTable, Section

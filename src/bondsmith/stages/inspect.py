@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from bondsmith.model.blocks import shape
 from bondsmith.model.source import ModelError, skeleton
-from bondsmith.stages.plan import MatrixPlan
+from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.wording import count, size
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
 from bondsmith.stages.knapsack import Way
-from bondsmith.stages.plan import HEADER_BYTES, MatrixPlan, Plan, PlanError
+from bondsmith.stages.matrix_plan import HEADER_BYTES, MatrixPlan, PlanError
+from bondsmith.stages.plan import Plan
 from bondsmith.stages.profile import BondProfile, MatrixProfile, Profile, Reduced, TableProfile
 from bondsmith.stages.solver import InfeasibleError, choose
 from bondsmith.stages.uniform import check_patterns

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from bondsmith.model.blocks import BlockRunner, matrices, replaced_weight, shape, weight
 from bondsmith.model.checkpoint import write_json
 from bondsmith.stages.fitting import fit_network
-from bondsmith.stages.plan import MatrixPlan, PlanError
+from bondsmith.stages.matrix_plan import MatrixPlan, PlanError
 from bondsmith.stages.probe import ProbeResult
 from bondsmith.stages.wording import measured, number
 from bondsmith.tensor.fit import relative_error

@@ -20,8 +20,8 @@ from bondsmith.model.source import ModelError
 from bondsmith.model.tracing import Group, added_to_stream, capture_inputs, trace_groups
 from bondsmith.rundir import log
 from bondsmith.stages.job import Job
+from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.moment import Moment, stream_weights
-from bondsmith.stages.plan import MatrixPlan
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.fit import output_difference, shifted_target
 from bondsmith.tensor.regression import Choice, LeftOut

@@ -17,8 +17,9 @@ from bondsmith.model.tracing import HiddenBond, find_hidden_bonds, trace_groups
 from bondsmith.stages.fast_profile import channel_counts
 from bondsmith.stages.fitting import dense_layer
 from bondsmith.stages.job import Job
+from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.moment_files import load_hidden_bonds, load_input_moments
-from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.stages.plan import Plan
 from bondsmith.tensor.channels import Channels, eliminate_channels
 from bondsmith.tensor.metric import energy
 

@@ -15,8 +15,9 @@ from bondsmith.model.source import ModelError, fill
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedLinear
+from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.moment_files import table_moment
-from bondsmith.stages.plan import MatrixPlan, Plan
+from bondsmith.stages.plan import Plan
 from bondsmith.tensor.gptq import gptq
 from bondsmith.tensor.hybrid import fit_hybrid
 from bondsmith.tensor.mpo import MPO

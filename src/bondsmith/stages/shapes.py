@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bondsmith.model.blocks import BlockRunner, matrices, shape
 from bondsmith.model.source import stored_names
-from bondsmith.stages.plan import MatrixPlan
+from bondsmith.stages.matrix_plan import MatrixPlan
 
 
 def model_shapes(runner: BlockRunner) -> tuple[dict[str, tuple[int, int, int]], int]:

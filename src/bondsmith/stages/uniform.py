@@ -7,7 +7,8 @@ from dataclasses import replace
 from fnmatch import fnmatch
 
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
-from bondsmith.stages.plan import MatrixPlan, Plan, PlanError
+from bondsmith.stages.matrix_plan import MatrixPlan, PlanError
+from bondsmith.stages.plan import Plan
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import parse_sites
 
