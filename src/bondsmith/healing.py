@@ -51,6 +51,7 @@ from bondsmith.stages.healing.teacher import Cache, ask, check_vocabulary, open_
 from bondsmith.stages.training import Steps, reduced_matrices, train_scales_inside, trainable
 
 _NO_LONGER = ("quality", "quality_fitted", "tasks", "chat")  # sections of the results that training changes
+_OFTEN = 5.0
 Progress = Callable[[str, float], None]
 Tell = Callable[[Moment], None]
 
@@ -196,6 +197,13 @@ class _Run:
         samples = self.samples(tokenizer, original is not None)
         self.started = True
         log.info("%d windows to train on, %d held out", len(samples.train), len(samples.held))
+        turns = self.settings.tokens / samples.train.ids.numel()
+        if turns > _OFTEN:
+            log.warning(
+                "the text has %d tokens and is read %.0f times: more text teaches more",
+                samples.train.ids.numel(),
+                turns,
+            )
         width = samples.train.ids.shape[1]
         if width < self.settings.window:
             log.info("windows have the %d tokens that the model has positions for", width)
