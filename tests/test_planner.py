@@ -200,6 +200,15 @@ def test_overwriting_deletes_nothing_before_the_model_is_open(profiled: Path, or
         bondsmith.profile(original, tmp_path / "other", overwrite=True)
 
 
+def test_a_profile_in_the_way_of_a_compression_stays(profiled: Path, original: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(profiled, home)
+    before = sorted(p.relative_to(home) for p in home.rglob("*"))
+    with pytest.raises(RunError, match="exists and is not empty"):
+        bondsmith.compress(original, home, keep=0.5)
+    assert sorted(p.relative_to(home) for p in home.rglob("*")) == before
+
+
 def test_a_profile_without_moments(original: Path, text: Path, tmp_path: Path) -> None:
     found = bondsmith.profile(original, tmp_path / "home", metric="frobenius", calibration=[str(text)], **SETTINGS)
     assert found.path.joinpath("profile.html").is_file()

@@ -43,6 +43,7 @@ def test_a_healed_model_is_rounded(home: Path, tmp_path: Path, metric: str) -> N
             assert error < 0.02
     assert isinstance(after.get_input_embeddings(), PackedMatrix)
     assert done.results["healing"]["settings"]["tokens"] == SETTINGS["tokens"]
+    assert done.results["healing"]["before_rounding"]
     known = json.loads((home / "small" / "results.json").read_text())
     assert done.results["size"]["original"] == known["size"]["original"]
     assert done.results["model"]["name"] == known["model"]["name"]

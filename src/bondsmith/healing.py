@@ -150,6 +150,8 @@ def _finished(place: Path, settings: HealSettings) -> dict[str, Any] | None:
         return None
     healing: dict[str, Any] = json.loads(results.read_text()).get("healing") or {}
     found, asked = healing.get("settings") or {}, settings.to_dict()
+    if healing.get("before_rounding"):
+        return None
     shorter = 0 < found.get("window", 0) <= settings.window  # windows are no longer than the model's context
     return healing if shorter and found == asked | {"window": found["window"]} else None
 

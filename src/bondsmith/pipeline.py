@@ -276,6 +276,8 @@ def _carried_on(results: dict[str, Any], before: Path) -> dict[str, Any]:
     old = json.loads(file.read_text())
     sizes = {**results["size"], "original": old["size"]["original"]}
     kept = {name: old[name] for name in ("blockwise", "healing") if name in old}
+    if "healing" in kept:
+        kept["healing"] = kept["healing"] | {"before_rounding": True}
     return kept | results | {"model": old["model"] | {"rounded_from": str(before)}, "size": sizes}
 
 

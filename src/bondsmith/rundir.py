@@ -61,7 +61,9 @@ def restore(out: Path) -> None:
     if old.is_dir() and unfinished and not out.exists():
         os.rename(old, out)
         log.warning("%s was left as %s by a run that was killed at its end: it has its name again", out, old.name)
-    elif (out / FINGERPRINT).is_file() and not unfinished:
+    elif (
+        (out / FINGERPRINT).is_file() and (out / "config.json").is_file() and not unfinished
+    ):  # no profile, which has one, too
         _clear(out)
 
 
