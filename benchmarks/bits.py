@@ -10,7 +10,8 @@ published. "ours" adds
 fitted scales and moved codes; with `--depth` also inside the depth-order pass of `bondsmith compress`, where later blocks make up for
 earlier ones. `--shares` compares `bondsmith compress --bytes SHARE` with the two plain quantizers next to that share of the fp32 bytes,
 one that just fits and one that is just larger, each in all these ways (with `--depth` in depth order, too). A model whose weights lie on
-a four-bit grid already (a GGUF file) says little about four bits.
+a four-bit grid already (a GGUF file) says little about four bits. It takes hours on two cores: with `--json` (and `--profile`, `--keep`)
+the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def main() -> None:
         )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows: list[dict[str, Any]] = []
+    rows = found(options)
     if options.bits or options.shares:
         compare(model, tokenizer, options, rows)
     if options.speed:
@@ -159,7 +160,26 @@ def main() -> None:
             timed = speeds(model, options, Path(folder))
         show_speeds(timed)
         if options.json:
-            options.json.write_text(json.dumps(rows + timed, indent=1))
+            options.json.write_text(json.dumps({"of": same(options), "rows": rows, "speeds": timed}, indent=1))
+
+
+def same(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what rows of an earlier run must have been made with."""
+    names = ("model", "calibration", "evaluate", "tokens", "windows", "window")
+    return {name: getattr(options, name) for name in names}
+
+
+def found(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the rows that an interrupted run of the same command left in its file."""
+    if not options.json or not options.json.is_file():
+        return []
+    content = json.loads(options.json.read_text())
+    rows: list[dict[str, Any]] = content["rows"] if content["of"] == same(options) else []
+    return rows
+
+
+def is_known(rows: list[dict[str, Any]], bits: str, method: str) -> bool:
+    return any((row["bits"], row["method"]) == (bits, method) for row in rows)
 
 
 def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -191,15 +211,14 @@ def compare(model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace,
         for bits in options.bits:
             plain(model, moments, judge, options, rows, bits, options.group)
             if options.depth:
-                keep(rows, options, in_depth_order(options, judge, profile, f"{bits}", uniform(bits, options.group)))
+                in_depth_order(rows, options, judge, profile, f"{bits}", uniform(bits, options.group))
         for share in options.shares:
             for bits, group in neighbours(model, share * 4 * parameters):
                 plain(model, moments, judge, options, rows, bits, group)
                 if options.depth:
-                    keep(rows, options, in_depth_order(options, judge, profile, f"{bits}", uniform(bits, group)))
+                    in_depth_order(rows, options, judge, profile, f"{bits}", uniform(bits, group))
             place = options.keep / f"planned-{share:g}" if options.keep else None
-            budget = {"bytes": str(share)}
-            keep(rows, options, in_depth_order(options, judge, profile, f"{share:g} of it", budget, place))
+            in_depth_order(rows, options, judge, profile, f"{share:g} of it", {"bytes": str(share)}, place)
             options.models += [place] if place else []
     show(rows, judge.own, parameters)
 
@@ -214,8 +233,9 @@ def plain(
     group: int,
 ) -> None:
     """Adds the rows of all methods that round every matrix by itself."""
+    width = "8, per row" if bits == 8 else f"{bits}, group {group}"
     for name, make in methods(bits, group).items():
-        if options.methods and name not in options.methods:
+        if (options.methods and name not in options.methods) or is_known(rows, width, name):
             continue
         try:
             method = make()
@@ -224,7 +244,6 @@ def plain(
             continue
         start = time.perf_counter()
         other, size = rounded_model(model, moments, method)
-        width = "8, per row" if bits == 8 else f"{bits}, group {group}"
         row = {"bits": width, "method": name, "bytes": size, "seconds": time.perf_counter() - start}
         keep(rows, options, row | {"texts": judge(other)})
 
@@ -250,29 +269,37 @@ def uniform(bits: int, group: int) -> dict[str, Any]:
 
 
 def in_depth_order(
+    rows: list[dict[str, Any]],
     options: argparse.Namespace,
     judge: Judge,
     profile: Path,
     label: str,
     settings: dict[str, Any],
     place: Path | None = None,
-) -> dict[str, Any]:
-    """Returns the row of a `bondsmith compress --profile`, embedding and head rounded too; its directory stays in `place`."""
+) -> None:
+    """Adds the row of a `bondsmith compress --profile`, embedding and head rounded too; its directory stays in `place`."""
+    name = "ours, planned" if "bytes" in settings else f"ours, in depth order, group {settings['group']}"
+    if is_known(rows, label, name):
+        return
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
+        out = place or Path(folder) / "out"
+        unfinished = out.with_name(out.name + ".partial").is_dir()
         done = bondsmith.compress(
             options.model,
-            place or Path(folder) / "out",
+            out,
             profile=str(profile),
             evaluate=False,
+            resume=unfinished,
+            overwrite=not unfinished,
             dtype="bfloat16",
             **settings,
         )
         seconds = time.perf_counter() - start
         size = sum(f.stat().st_size for f in done.path.glob("bondsmith-*.safetensors"))
         scores = judge(done.load(dtype=torch.float32))
-    name = "ours, planned" if "bytes" in settings else f"ours, in depth order, group {settings['group']}"
-    return {"bits": label, "method": name, "bytes": size, "seconds": seconds, "texts": scores}
+    row = {"bits": label, "method": name, "bytes": size, "seconds": seconds}
+    keep(rows, options, row | {"texts": scores})
 
 
 def keep(rows: list[dict[str, Any]], options: argparse.Namespace, row: dict[str, Any]) -> None:
@@ -280,7 +307,7 @@ def keep(rows: list[dict[str, Any]], options: argparse.Namespace, row: dict[str,
     kl = {name: f"{t['kl']:.4f} ± {t['kl_stderr']:.4f}" for name, t in row["texts"].items()}
     print(row["bits"], row["method"], f"{row['bytes'] / 1e6:.2f} MB", f"{row['seconds']:.0f} s", kl, flush=True)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps({"of": same(options), "rows": rows}, indent=1))
 
 
 def show(rows: list[dict[str, Any]], own: dict[str, float], parameters: int) -> None:
