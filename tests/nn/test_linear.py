@@ -8,7 +8,8 @@ from torch import nn
 
 from bondsmith.nn import MPOLinear
 from bondsmith.nn import linear as linear_module
-from bondsmith.tensor import MPO, Sites, parse_sites, sequential_svd
+from bondsmith.nn.free import free
+from bondsmith.tensor import MPO, Sites, algebra, parse_sites, sequential_svd
 
 CASES = [
     ("matrix", False),
@@ -268,3 +269,43 @@ def test_a_cut_of_large_bond_is_materialised_where_that_costs_less(gauge, monkey
     made.clear()
     small(torch.randn(5000, 16))
     assert not made
+
+
+@pytest.mark.parametrize("gauge", [True, False])
+@pytest.mark.parametrize("legs", [((4, 2, 3), (3, 4, 2)), ((24, 1), (1, 24))])
+def test_bonds_over_the_exact_ones_shrink(legs, gauge):
+    sites = Sites(*legs)
+    mpo = algebra.add(*(sequential_svd(torch.randn(24, 24), sites, 24) for _ in range(2)))
+    layer = MPOLinear.from_mpo(mpo, gauge=gauge)
+    assert layer.bonds == sites.exact_bonds()
+    assert torch.allclose(layer(torch.eye(24)).T, mpo.to_matrix(), atol=1e-4)
+    MPOLinear(layer.sites, layer.bonds, bias=False, gauge=gauge).load_state_dict(layer.state_dict())
+
+
+def test_a_batch_is_no_layer():
+    batch = MPO.stack([sequential_svd(torch.randn(8, 6), Sites((8, 1), (1, 6)), 1) for _ in range(2)])
+    with pytest.raises(ValueError, match="a layer holds one network"):
+        MPOLinear.from_mpo(batch)
+
+
+def test_the_network_of_a_layer_with_adapters_is_that_without():
+    layer = MPOLinear.from_mpo(sequential_svd(torch.randn(24, 18), Sites((24, 1), (1, 18)), 7), gauge=True)
+    before = layer.to_mpo().to_matrix()
+    config = peft.LoraConfig(r=2, target_modules=r".*cores\.\d+", init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(layer), config).eval()
+    assert not torch.allclose(layer.to_matrix(), before, atol=1e-2)
+    assert torch.allclose(layer.to_mpo().to_matrix(), before, atol=1e-5)
+    assert free(layer) is layer
+    assert model is not None
+
+
+@pytest.mark.parametrize("tokens", [3, 400])
+@pytest.mark.parametrize("gauge", [True, False])
+def test_a_core_with_a_forward_of_its_own_is_called(gauge, tokens):
+    layer = MPOLinear.from_mpo(sequential_svd(torch.randn(24, 18), Sites((24, 1), (1, 18)), 9), gauge=gauge)
+    x, called = torch.randn(tokens, 18), []
+    expected = layer(x)
+    for core in layer.cores:
+        core.forward = lambda z, core=core: called.append(1) or nn.functional.linear(z, core.weight)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert len(called) == 2

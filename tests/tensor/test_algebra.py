@@ -201,7 +201,7 @@ def test_errors():
         algebra.regauge(mpo, 1, torch.eye(3))
     with pytest.raises(ValueError, match=r"has dimension 3; a gauge of shape \(2, 2\)"):
         algebra.regauge(mpo, 0, torch.eye(2))
-    with pytest.raises(ValueError, match=r"singular \(rank 1 of 3\)"):
+    with pytest.raises(ValueError, match=r"singular \(rank 1 of 3, condition"):
         algebra.regauge(mpo, 0, torch.ones(3, 3))
 
 
@@ -213,3 +213,17 @@ def test_bonds_past_the_exact_ones_are_cut_down_with_a_note(caplog: pytest.LogCa
     assert [record.getMessage() for record in caplog.records] == [
         "sites (2,2)(3,3) are exact at bonds (4,): bonds 99 are cut down to these"
     ] * 2
+
+
+def test_a_gauge_that_rounding_makes_invertible_is_singular():
+    mpo = sequential_svd(torch.randn(8, 6), Sites((8, 1), (1, 6)), 3)
+    for seed in range(20):
+        u, v = torch.randn(2, 3, 1, generator=torch.Generator().manual_seed(seed))
+        with pytest.raises(ValueError, match="gauge at bond 0 is singular"):
+            algebra.regauge(mpo, 0, u @ v.T)
+
+
+def test_a_sum_has_the_wider_dtype():
+    one = sequential_svd(torch.randn(8, 6), Sites((8, 1), (1, 6)), 3)
+    other = sequential_svd(torch.randn(8, 6, dtype=torch.float64), Sites((8, 1), (1, 6)), 3)
+    assert algebra.add(one, other).dtype == algebra.add(other, one).dtype == torch.float64

@@ -82,3 +82,12 @@ def test_dtype_and_bad_counts():
     indefinite = torch.eye(8) + 3 * (torch.ones(8, 8) - torch.eye(8))
     with pytest.raises(ValueError, match=r"input moment is indefinite"):
         exact_cut(W, 2, 3, input_moment=indefinite)
+
+
+def test_moments_of_few_tokens_and_large_budgets():
+    X = randn(5, 16)
+    cut = exact_cut(randn(10, 16), 8, 2, input_moment=X.T @ X / 5, damping=0.0)
+    assert torch.isfinite(cut.to_matrix()).all()
+    count, bond, _ = best_count(randn(10, 4), 200)
+    assert 0 <= count < 4
+    assert bond >= 1

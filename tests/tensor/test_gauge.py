@@ -59,3 +59,15 @@ def test_what_is_not_finite_is_refused():
         pivot_cut(bad, torch.ones(2, 3))
     with pytest.raises(ValueError, match="right factor holds 1 NaN or infinite entries of 8"):
         pivot_cut(torch.ones(4, 2), bad.T)
+
+
+def test_a_batch_is_pivoted_one_by_one():
+    batch = MPO.stack([sequential_svd(torch.randn(8, 6), Sites((8, 1), (1, 6)), 3) for _ in range(2)])
+    with pytest.raises(ValueError, match="pivoted one by one"):
+        pivot(batch)
+
+
+def test_a_tall_factor_needs_no_square_of_its_rows():
+    left, right = torch.randn(60_000, 4, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)  # squared: 29 GB
+    cut = pivot_cut(left, right)
+    assert torch.allclose(cut.to_left() @ cut.right, left @ right, atol=1e-9)

@@ -75,3 +75,11 @@ def test_apply_takes_the_matrix_where_that_costs_less(monkeypatch: pytest.Monkey
     for tokens in (threshold - 1, threshold):
         torch.testing.assert_close(mpo.apply(x[:tokens]), x[:tokens] @ W.T)
     assert len(built) == 1
+
+
+def test_one_network_of_a_batch_is_saved_alone(tmp_path):
+    batch = MPO.stack([MPO((torch.randn(1, 40, 1, 20), torch.randn(20, 1, 40, 1))) for _ in range(8)])
+    batch[0].save(tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 2 * 40 * 20 * 4 + 4096
+    with pytest.raises(ValueError, match="do not make a batch"):
+        MPO.stack([batch, batch])

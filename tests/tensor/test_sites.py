@@ -80,7 +80,7 @@ def test_specs(spec, shape, text):
     ("spec", "shape", "message"),
     [
         ("interleaved:3", (7, 11), r"7 x 11 has too few prime factors for 3 sites.*8 x 12 does"),
-        ("thin:5", (577, 10), r"577 % 5 = 2; try thin:1, thin:577"),
+        ("thin:5", (577, 10), r"577 % 5 = 2; try thin:1$"),
         ("(2,3)(3,1)", (6, 4), r"multiply to 6 x 3, the matrix is 6 x 4; a split that fits: \(2,2\)\(3,2\)"),
         ("banana", (6, 4), r"'banana'.*not understood"),
         ("interleaved:0", (6, 4), r"not understood"),
@@ -135,3 +135,21 @@ def test_factorisations_are_all_and_ascending(number, n):
         assert list(factors) == sorted(factors)
     if n == 2:
         assert len(found) == (len(divisors(number)) + 1) // 2
+
+
+def test_far_too_many_sites_are_refused_at_once():
+    with pytest.raises(ValueError, match="too few prime factors for 60 sites"):
+        parse_sites("interleaved:60", 576, 1536)
+    with pytest.raises(ValueError, match="too few prime factors for 3000 sites"):
+        parse_sites("interleaved:3000", 576, 1536)
+
+
+def test_what_is_suggested_divides_both_sides():
+    with pytest.raises(ValueError, match=r"try thin:1$"):
+        parse_sites("thin:2", 577, 10)
+    with pytest.raises(ValueError, match=r"try thin:3, thin:4, thin:6$"):
+        parse_sites("thin:5", 12, 24)
+
+
+def test_a_coarse_multiple_leaves_bond_one():
+    assert Sites((96, 1), (1, 96)).bonds_within(96 * 2 * 80, multiple=128) == (1,)

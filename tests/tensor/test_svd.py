@@ -59,3 +59,21 @@ def test_rank_deficient_and_float32():
 def test_a_matrix_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="matrix holds 1 NaN or infinite entries of 6"):
         svd.truncated_svd(torch.tensor([[1.0, torch.inf, 0.0], [0.0, 1.0, 2.0]]), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_directions_that_are_not_there_stay_finite(dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-3, 4, shape, generator=generator).to(dtype) for shape in ((20, 2), (2, 30)))
+    M = left @ right
+    U, s, Vh = svd.truncated_svd(M, 20)
+    assert torch.allclose(U * s @ Vh, M, atol=1e-4)
+    assert torch.allclose(Vh @ Vh.T, torch.eye(20, dtype=dtype), atol=1e-4)
+    assert float(s[2:].max()) < 1e-5 * float(s[0])
+    assert torch.equal(svd.fix_signs(U), U)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, True])
+def test_a_rank_that_is_none(rank):
+    with pytest.raises(ValueError, match=f"a rank of {rank!r} is no whole number from 1 on"):
+        svd.truncated_svd(torch.eye(3), rank)

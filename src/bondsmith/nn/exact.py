@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bondsmith.nn.linear import MPOLinear, reorder
+from bondsmith.nn.linear import MPOLinear, reorder, weight_of
 from bondsmith.tensor.exact import ExactCut, Side
 from bondsmith.tensor.sites import Sites
 
@@ -88,8 +88,8 @@ class ExactLinear(nn.Module):
         """The `(O, I)` matrix, differentiable in channels and cores."""
         network = self.network.to_matrix()
         if self.side == "columns":
-            return torch.cat((self.exact.weight, network), 1).index_select(1, self.order.argsort())
-        return torch.cat((self.exact.weight, network)).index_select(0, self.order)
+            return torch.cat((weight_of(self.exact), network), 1).index_select(1, self.order.argsort())
+        return torch.cat((weight_of(self.exact), network)).index_select(0, self.order)
 
     @torch.no_grad()
     def materialise(self) -> nn.Linear:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedLinear
 from bondsmith.tensor.algebra import move_center
 from bondsmith.tensor.contract import core_to_weight
 from bondsmith.tensor.mpo import MPO
@@ -24,14 +23,15 @@ _SMALLEST = 1e-4  # of the largest root of a Schmidt value: directions below it 
 def free(layer: MPOLinear) -> MPOLinear:
     """Returns the layer with full, balanced cores and the same matrix.
 
-    `layer` itself comes back without a gauge, with bonds past the exact ones, or with packed cores, whose integers stay.
+    `layer` itself comes back without a gauge, with bonds past the exact ones, or with cores of another
+    kind: packed ones, whose integers stay, or adapters.
 
     >>> layer = MPOLinear.from_mpo(MPO((torch.randn(1, 6, 1, 2), torch.randn(2, 1, 4, 1))), gauge=True)
     >>> loose = free(layer)
     >>> loose.gauge, torch.allclose(loose.to_matrix(), layer.to_matrix(), atol=1e-5)
     (False, True)
     """
-    if not layer.gauge or any(isinstance(core, PackedLinear) for core in layer.cores):
+    if not layer.gauge or any(type(core) is not nn.Linear for core in layer.cores):
         return layer
     cores, like = _balanced(layer.to_mpo()), next(layer.parameters())
     if tuple(core.shape[3] for core in cores[:-1]) != layer.bonds:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bondsmith.nn.kernels import gemm_dtype
 from bondsmith.nn.packed import PackedLinear
+from bondsmith.tensor.algebra import canonical
 from bondsmith.tensor.contract import core_to_weight, sweep, weight_to_core
 from bondsmith.tensor.gauge import left_factor, pivot
 from bondsmith.tensor.mpo import MPO, fold
@@ -82,11 +83,17 @@ class MPOLinear(nn.Module):
     ) -> MPOLinear:
         """The layer with these cores, their device, and `dtype` or theirs; `gauge` pivots it without loss.
 
+        Bonds over the exact ones shrink to these.
+
         >>> mpo = MPO((torch.randn(1, 6, 1, 2), torch.randn(2, 1, 4, 1)))
         >>> layer = MPOLinear.from_mpo(mpo, gauge=True)
         >>> torch.allclose(layer.to_matrix(), mpo.to_matrix(), atol=1e-5), sum(p.numel() for p in layer.parameters())
         (True, 16)
         """
+        if mpo.batch:
+            raise ValueError(f"{mpo}: a layer holds one network, not a batch")
+        if mpo.sites.clip(mpo.bonds) != mpo.bonds:
+            mpo = canonical(mpo, -1)
         layer = cls(mpo.sites, mpo.bonds, bias=bias is not None, gauge=gauge, device="meta")
         pivots = None
         if layer.gauge:
@@ -131,23 +138,24 @@ class MPOLinear(nn.Module):
 
     def to_matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """The `(O, I)` matrix, differentiable in the cores, with whatever adapters they carry; packed cores in `dtype`."""
-        weights = [_weight_of(core, dtype) for core in self.cores]
+        weights = [weight_of(core, dtype) for core in self.cores]
         wide = gemm_dtype(weights[-1])
         if self._is_cut:
             left = weights[0] if self.pivots is None else left_factor(weights[0], self.pivots)
             matrix: Tensor = left.to(wide) @ weights[1].to(wide)
             return matrix.to(weights[1].dtype)
-        cores = self._pivoted_cores(dtype) if self.pivots is not None else []
+        cores = self._pivoted_cores(weights) if self.pivots is not None else []
         for k in range(len(cores), self.sites.n):
             cores.append(weight_to_core(weights[k], self._shapes[k], self._from_right))
         return fold([core.to(wide) for core in cores]).to(weights[-1].dtype)
 
     @torch.no_grad()
     def to_mpo(self) -> MPO:
-        """The network with all numbers of every core, detached; adapters are left out."""
-        cores = self._pivoted_cores(None) if self.pivots is not None else []
+        """The network with all numbers of every core, detached, packed ones unpacked; adapters are left out."""
+        weights = [core.to_matrix() if isinstance(core, PackedLinear) else _stored(core) for core in self.cores]
+        cores = self._pivoted_cores(weights) if self.pivots is not None else []
         for k in range(len(cores), self.sites.n):
-            cores.append(weight_to_core(_stored(self.cores[k]), self._shapes[k], self._from_right))
+            cores.append(weight_to_core(weights[k], self._shapes[k], self._from_right))
         return MPO(tuple(core.detach() for core in cores))
 
     @torch.no_grad()
@@ -196,17 +204,18 @@ class MPOLinear(nn.Module):
             return F.linear(x, self.to_matrix(x.dtype), self.bias)
         layers: list[Callable[[Tensor], Tensor]] = list(self.cores)
         if self.pivots is not None:
-            weights = [core_to_weight(core, self._from_right) for core in self._pivoted_cores(x.dtype)]
+            stored = [weight_of(core, x.dtype) for core in self.cores[:-1]]
+            weights = [core_to_weight(core, self._from_right) for core in self._pivoted_cores(stored)]
             layers[:-1] = [partial(F.linear, weight=weight) for weight in weights]
         y = sweep(self.sites, self.bonds, layers, x, self._from_right)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _pivoted_cores(self, dtype: torch.dtype | None) -> list[Tensor]:
-        """All cores but the last, identity blocks put back."""
+    def _pivoted_cores(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """All cores but the last from their stored `weights`, identity blocks put back."""
         assert self.pivots is not None
         orders = self.pivots.split(self._rows())
-        stored = zip(self.cores, orders, self._shapes, strict=False)
-        return [left_factor(_weight_of(core, dtype), order).reshape(shape) for core, order, shape in stored]
+        stored = zip(weights, orders, self._shapes, strict=False)
+        return [left_factor(weight, order).reshape(shape) for weight, order, shape in stored]
 
     def _rows(self) -> list[int]:
         """The rows `a o i` of every core but the last as an `(a o i, b)` matrix."""
@@ -251,20 +260,25 @@ def _empty_core(rows: int, columns: int, **factory: Any) -> nn.Linear:
 
 def _is_plain(core: nn.Module) -> bool:
     """Whether reading the weight is the same as calling the core: no adapter, no other kind of layer, no hook."""
-    return type(core) is nn.Linear and not core._forward_hooks and not core._forward_pre_hooks
+    return type(core) is nn.Linear and _is_untouched(core)
 
 
 def _is_readable(core: nn.Module) -> bool:
     """The same, for a core that may be packed."""
-    unhooked = not core._forward_hooks and not core._forward_pre_hooks
-    return unhooked and type(core) in (nn.Linear, PackedLinear)
+    return type(core) in (nn.Linear, PackedLinear) and _is_untouched(core)
+
+
+def _is_untouched(core: nn.Module) -> bool:
+    """No hook, and no forward of its own (accelerate's offloading puts one in)."""
+    hooks = core._forward_hooks or core._forward_pre_hooks or core._backward_hooks or core._backward_pre_hooks
+    return not hooks and "forward" not in core.__dict__
 
 
 def _stored(core: nn.Module) -> Tensor:
     return cast(Tensor, core.weight)
 
 
-def _weight_of(core: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+def weight_of(core: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The `(out, in)` matrix that calling `core` multiplies by: adapters and all; a packed one in `dtype` or float32."""
     if _is_plain(core):
         return _stored(core)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bondsmith.tensor.checks import check_finite
 from bondsmith.tensor.mpo import MPO
 from bondsmith.tensor.sites import clip_bonds
 from bondsmith.tensor.svd import fix_signs
@@ -155,7 +156,8 @@ def add(left: MPO, right: MPO) -> MPO:
         a, o, i, b = one.shape[-4:]
         a2, b2 = other.shape[-4], other.shape[-1]
         rows, columns = (1 if k == 0 else a + a2), (1 if k == n - 1 else b + b2)
-        core = one.new_zeros(*left.batch, rows, o, i, columns)
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        core = one.new_zeros(*left.batch, rows, o, i, columns, dtype=dtype)
         core[..., :a, :, :, :b] += one
         core[..., rows - a2 :, :, :, columns - b2 :] += other
         cores.append(core)
@@ -175,7 +177,7 @@ def transpose(mpo: MPO) -> MPO:
 def regauge(mpo: MPO, bond: int, matrix: Tensor) -> MPO:
     """The same operator with `G_k H` and `H^-1 G_k+1` on both sides of bond `bond` (from 0), `H = matrix` `(b, b)`.
 
-    ValueError if there is no such bond, or `H` has another size or no inverse.
+    ValueError if there is no such bond, or `H` has another size, or no inverse in its dtype.
     """
     if not 0 <= bond < len(mpo.bonds):
         raise ValueError(f"bond {bond} does not exist in {mpo}")
@@ -183,9 +185,13 @@ def regauge(mpo: MPO, bond: int, matrix: Tensor) -> MPO:
     if matrix.shape != (size, size):
         raise ValueError(f"bond {bond} has dimension {size}; a gauge of shape {tuple(matrix.shape)} does not fit")
     H = matrix.to(torch.float64)
-    inverse, failed = torch.linalg.inv_ex(H)
-    if int(failed) or not torch.isfinite(inverse).all():
-        raise ValueError(f"the gauge at bond {bond} is singular (rank {int(torch.linalg.matrix_rank(H))} of {size})")
+    check_finite(H, f"the gauge at bond {bond}")
+    condition = float(torch.linalg.cond(H))
+    if not condition < 0.1 / torch.finfo(matrix.dtype).eps:  # what rounding leaves of a singular one
+        raise ValueError(
+            f"the gauge at bond {bond} is singular (rank {int(torch.linalg.matrix_rank(H))} of {size}, condition {condition:.2g})"
+        )
+    inverse = torch.linalg.inv(H)
     cores = [core.to(torch.float64) for core in mpo.cores]
     cores[bond] = (_tall(cores[bond]) @ H).reshape(cores[bond].shape)
     cores[bond + 1] = _times_left(inverse, cores[bond + 1])

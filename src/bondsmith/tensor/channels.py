@@ -38,6 +38,7 @@ class Channels:
         return _spectrum(self.gram, len(self.kept))
 
 
+@torch.no_grad()
 def eliminate_channels(
     weight: Tensor,
     counts: Sequence[int],
@@ -73,6 +74,7 @@ def eliminate_channels(
     return found
 
 
+@torch.no_grad()
 def writer_spectra(
     weight: Tensor,
     rows: Sequence[Tensor],

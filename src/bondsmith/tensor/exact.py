@@ -51,6 +51,7 @@ class ExactCut:
         return torch.cat((self.exact, self.mpo.to_matrix()), axis).index_select(axis, self.order.argsort())
 
 
+@torch.no_grad()
 def exact_cut(
     weight: Tensor,
     count: int,
@@ -85,6 +86,7 @@ def exact_cut(
     return ExactCut(exact.to(weight.dtype), mpo.to(dtype=weight.dtype), parts.order, "columns")
 
 
+@torch.no_grad()
 def exact_spectrum(
     weight: Tensor,
     count: int,
@@ -101,6 +103,7 @@ def exact_spectrum(
     return cut_spectrum(parts.others, input_root=parts.left_over, output_moment=output_moment, damping=damping)
 
 
+@torch.no_grad()
 def best_count(
     weight: Tensor,
     budget: int,
@@ -122,9 +125,11 @@ def best_count(
     out_features, in_features = weight.shape
     found = []
     for count in sorted({0, *(int(share * budget / out_features) for share in shares)}):
+        if count >= in_features:
+            continue
         sites = Sites((out_features, 1), (1, in_features - count))
         left = budget - count * out_features
-        if count and (count >= in_features or left < sites.parameters((1,), gauge=True)):
+        if count and left < sites.parameters((1,), gauge=True):
             continue
         (bond,) = sites.bonds_within(left, gauge=True)
         values = exact_spectrum(weight, count, **moments) if count else cut_spectrum(weight, **moments)
@@ -164,7 +169,11 @@ class _Parts:
         moment = damped(C, damping).index_select(0, order).index_select(1, order)
         across = moment[count:, :count]
         carried = moment_root(moment[:count, :count], 0.0, "input moment").solve(across.T).T
-        left_over = moment_root(moment[count:, count:] - across @ carried.T, 0.0, "input moment")
+        schur = moment[count:, count:] - across @ carried.T
+        schur = (schur + schur.T) / 2
+        rounding = len(moment) * torch.finfo(torch.float64).eps * float(moment.diagonal().max())
+        schur.diagonal().add_(rounding)  # all that may be left of directions that the exact ones explain
+        left_over = moment_root(schur, 0.0, "input moment")
         return cls(W[:, order[:count]], W[:, order[count:]], carried, left_over, order)
 
 

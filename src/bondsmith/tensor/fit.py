@@ -20,6 +20,7 @@ from bondsmith.tensor.sites import Sites, clip_bonds
 from bondsmith.tensor.svd import leading_eigenvectors, leading_left_vectors
 
 
+@torch.no_grad()
 def sequential_svd(weight: Tensor, sites: Sites, bonds: int | Sequence[int]) -> MPO:
     """The network of n - 1 truncated SVDs, in the dtype of `weight`: the method of arXiv 2401.14109.
 
@@ -43,6 +44,7 @@ def sequential_svd(weight: Tensor, sites: Sites, bonds: int | Sequence[int]) -> 
     return MPO(tuple(core.to(weight.dtype) for core in cores))
 
 
+@torch.no_grad()
 def whitened_cut(
     weight: Tensor,
     bond: int,
@@ -74,6 +76,7 @@ def whitened_cut(
     return MPO((left.to(weight.dtype)[None, :, None, :], right.to(weight.dtype)[:, None, :, None]))
 
 
+@torch.no_grad()
 def cut_spectrum(
     weight: Tensor,
     *,
@@ -98,6 +101,7 @@ def cut_spectrum(
     return squares.clamp_min(0).sqrt()
 
 
+@torch.no_grad()
 def propagated_target(
     weight: Tensor, difference: Tensor, input_moment: Tensor, alpha: float = 0.5, damping: float = 1e-2
 ) -> Tensor:
@@ -117,12 +121,14 @@ def propagated_target(
     return shifted_target(weight, output_difference(weight, difference), input_moment, alpha, damping)
 
 
+@torch.no_grad()
 def output_difference(weight: Tensor, difference: Tensor) -> Tensor:
     """`W E[(x - xh) xh^T]` in float64, `(O, I)`: how far the outputs are moved by another input."""
     W = weight.to(torch.float64)
     return torch.cat([W @ columns.to(torch.float64) for columns in torch.split(difference, 1024, 1)], 1)
 
 
+@torch.no_grad()
 def shifted_target(
     weight: Tensor, moved: Tensor, input_moment: Tensor, alpha: float = 0.5, damping: float = 1e-2
 ) -> Tensor:

@@ -56,6 +56,8 @@ def pivot(mpo: MPO) -> Pivoted:
 
     ValueError if a bond exceeds the rows `a o i` to its left (`algebra.canonical` shrinks such a bond without loss).
     """
+    if mpo.batch:
+        raise ValueError(f"{mpo}: networks of a batch are pivoted one by one")
     cores = [core.to(torch.float64) for core in mpo.cores]
     rests, orders = [], []
     for k in range(len(cores) - 1):
@@ -85,11 +87,15 @@ def pivot_cut(left: Tensor, right: Tensor, largest: float = LARGEST_COEFFICIENT)
         raise ValueError(
             f"a left factor of {out_features} rows has no {bond} pivot rows; clip the bond to {out_features}"
         )
-    permutation, lower, upper = torch.linalg.lu(left.to(torch.float64))
-    rows = permutation.argmax(0)  # rows[j] is the row of `left` at place j of the factorisation
-    square, rest = lower[:bond], lower[bond:]
-    rest = torch.linalg.solve_triangular(square, rest, upper=False, left=False, unitriangular=True)
-    pivot_rows = square @ (upper @ right.to(torch.float64))
+    factors, swaps, _ = torch.linalg.lu_factor_ex(left.to(torch.float64))
+    places = list(range(out_features))
+    for j, place in enumerate(swaps.tolist()):
+        places[j], places[place - 1] = places[place - 1], places[j]
+    rows = torch.tensor(places, device=left.device)  # rows[j] is the row of `left` at place j of the factorisation
+    square = factors[:bond].tril(-1)
+    square.diagonal().add_(1.0)
+    rest = torch.linalg.solve_triangular(square, factors[bond:], upper=False, left=False, unitriangular=True)
+    pivot_rows = square @ (factors[:bond].triu() @ right.to(torch.float64))
     rest, pivot_rows, rows = _exchange(rest, pivot_rows, rows, largest)
     order = torch.empty_like(rows)
     order[rows] = torch.arange(out_features, device=rows.device)
@@ -113,6 +119,6 @@ def _exchange(rest: Tensor, pivot_rows: Tensor, rows: Tensor, largest: float) ->
         pivot_rows[j] = new_row @ pivot_rows
         column[i] += 1.0
         new_row[j] -= 1.0
-        rest = rest - torch.outer(column / pivot, new_row)
+        rest.addr_(column, new_row, alpha=-1 / pivot)
         rows[[j, bond + i]] = rows[[bond + i, j]]
     return rest, pivot_rows, rows

@@ -30,6 +30,7 @@ _BLOCK = 128
 _FIT_NUMBERS = 2**25  # of an intermediate in the fit of scales: rows are taken in chunks
 
 
+@torch.no_grad()
 def gptq(
     weight: Tensor,
     grid: Grid,
@@ -137,6 +138,7 @@ def _blocks(slices: list[slice]) -> list[tuple[int, int]]:
     return blocks
 
 
+@torch.no_grad()
 def fit_scales(weight: Tensor, rounded: Rounded, moment: Tensor) -> Rounded:
     """The same codes with the scales and minima that minimise `tr(D C D^T)`: least squares, row by row, all groups at once."""
     grid, C = rounded.grid, moment.to(torch.float32)

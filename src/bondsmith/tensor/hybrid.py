@@ -44,6 +44,7 @@ class Hybrid:
         return left @ right
 
 
+@torch.no_grad()
 def fit_hybrid(
     weight: Tensor,
     grid: Grid,
@@ -89,6 +90,7 @@ def fit_hybrid(
     return min(found, key=lambda pair: pair[0])[1]
 
 
+@torch.no_grad()
 def shares_left(output_moment: Tensor, step_sizes: Tensor | None = None) -> Tensor:
     """The share of a rounding loss that is left when a cut of bond 0, 1, ... has taken the worst output directions out, `(O + 1,)`.
 

@@ -3,8 +3,8 @@
 Legend: `M` an `(n, n)` moment, `R` a root of it, `R R^T = M`, `X` `(m, n)` rows, `D` an `(O, I)` error, `C` `(I, I)` the
 input moment, `B` `(O, O)` the output moment; `None` for a moment means the identity.
 
-Everything is float64. A large moment is read panel by panel and its lower triangle only: no float64 copy of it is made,
-and a product with it costs 9/16 of the multiply-adds.
+Everything is float64. In products a large moment is read panel by panel and its lower triangle only: no float64 copy of it
+is made, and they cost 9/16 of the multiply-adds. Roots and checks make copies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bondsmith.tensor.checks import check_moment
+from bondsmith.tensor.checks import check_matrix, check_moment
 
 DAMPING = 1e-4  # of the mean diagonal; keeps the inverse root of a moment from few tokens bounded
 _INDEFINITE = 1e-3  # a negative eigenvalue this large, relative to the largest, is no rounding error
@@ -62,9 +62,11 @@ def moment_root(moment: Tensor, damping: float = DAMPING, name: str = "moment") 
     """A root of `moment + damping * mean(diag) * 1`; share it between matrices with one input.
 
     By Cholesky, thirty times cheaper than eigenvectors; by these where rounding has left the moment without a Cholesky
-    factor. ValueError if the moment is not square, finite, symmetric and non-negative.
+    factor; of zeros, the identity. ValueError if the moment is not square, finite, symmetric and non-negative.
     """
     check_moment(moment, moment.shape[0], name)
+    if not float(moment.diagonal().max()):  # nothing was seen: every direction counts alike
+        return Root(torch.eye(len(moment), dtype=torch.float64, device=moment.device))
     factor, failed = torch.linalg.cholesky_ex(damped(moment, damping))
     return _root_of_singular(moment, damping, name) if int(failed) else Root(factor)
 
@@ -81,7 +83,7 @@ def _root_of_singular(moment: Tensor, damping: float, name: str) -> Root:
 def check_not_indefinite(gram: Tensor, name: str) -> None:
     """Nothing, or ValueError if `X M X^T` shows that `M`, of which no root was taken, has a clearly negative eigenvalue."""
     shifted = gram.clone()
-    shifted.diagonal().add_(_INDEFINITE * float(gram.diagonal().abs().sum()) + torch.finfo(torch.float64).tiny)
+    shifted.diagonal().add_(_INDEFINITE * float(gram.diagonal().abs().max()) + torch.finfo(torch.float64).tiny)
     if int(torch.linalg.cholesky_ex(shifted)[1]):
         values = torch.linalg.eigvalsh(gram)
         raise ValueError(
@@ -138,14 +140,24 @@ def energy(D: Tensor, input_moment: Tensor | None, output_moment: Tensor | None)
     return float(total.clamp_min(0))
 
 
+@torch.no_grad()
 def relative_error(
     weight: Tensor, approximation: Tensor, input_moment: Tensor | None = None, output_moment: Tensor | None = None
 ) -> float:
     """`sqrt(tr(B D C D^T) / tr(B W C W^T))` with `D = weight - approximation`, in float64.
 
+    ValueError for another shape, a moment of the wrong size or not finite ones.
+
     >>> relative_error(torch.eye(4), 0.5 * torch.eye(4))
     0.5
     """
+    check_matrix(weight)
+    check_matrix(approximation, "approximation")
+    if weight.shape != approximation.shape:
+        raise ValueError(f"an approximation of shape {tuple(approximation.shape)} stands for no {tuple(weight.shape)}")
+    for moment, size, name in ((input_moment, weight.shape[1], "input"), (output_moment, weight.shape[0], "output")):
+        if moment is not None:
+            check_moment(moment, size, f"{name} moment")
     W = weight.to(torch.float64)
     whole = energy(W, input_moment, output_moment)
     lost = energy(W - approximation.to(torch.float64), input_moment, output_moment)

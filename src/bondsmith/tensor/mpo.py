@@ -88,6 +88,8 @@ class MPO:
     @classmethod
     def stack(cls, mpos: Sequence[MPO]) -> MPO:
         """Networks of the same legs as a batch; bonds are filled up with zeros to the largest."""
+        if any(mpo.batch for mpo in mpos):
+            raise ValueError("batches of networks do not make a batch; take their networks one by one")
         if len({mpo.sites for mpo in mpos}) != 1:
             raise ValueError(f"networks with sites {[str(mpo.sites) for mpo in mpos]} do not make a batch: other legs")
         bonds = [max(sizes) for sizes in zip(*(mpo.bonds for mpo in mpos), strict=True)]
@@ -126,7 +128,7 @@ class MPO:
 
     def save(self, path: str | Path) -> None:
         """Write the cores to one file; `load` takes it back bit by bit."""
-        torch.save({"cores": [core.contiguous() for core in self.cores]}, path)
+        torch.save({"cores": [core.clone(memory_format=torch.contiguous_format) for core in self.cores]}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> MPO:

@@ -37,6 +37,7 @@ class RoundedNetwork:
     pivots: Tensor | None = None
 
 
+@torch.no_grad()
 def round_network(
     weight: Tensor,
     mpo: MPO,

@@ -214,6 +214,7 @@ def scaled(grid: Grid, levels: Tensor, scales: Tensor, minima: Tensor | None) ->
     return matrix if minima is None else matrix + minima[:, index]
 
 
+@torch.no_grad()
 def round_to_nearest(weight: Tensor, grid: Grid, *, moment: Tensor | None = None, search: bool = True) -> Rounded:
     """`weight` rounded entry by entry; scales are searched for the smallest squared error.
 

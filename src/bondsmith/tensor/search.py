@@ -61,6 +61,8 @@ def search_sites(
     """
     shapes = list(candidate_sites(*weight.shape) if candidates is None else candidates)
     affordable = [sites for sites in shapes if sites.parameters((1,) * (sites.n - 1)) <= budget]
+    if not shapes:
+        raise ValueError(f"a {weight.shape[0]} x {weight.shape[1]} matrix has no sites whose bond 1 saves anything")
     if not affordable:
         least = min(sites.parameters((1,) * (sites.n - 1)) for sites in shapes)
         raise ValueError(f"no candidate of {len(shapes)} fits {budget} numbers; the smallest needs {least} at bond 1")

@@ -7,6 +7,7 @@ A matrix `W[(o_1..o_n), (i_1..i_n)]` is cut between neighbouring sites; `n - 1` 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class Sites:
             fits = self.parameters(self.clip(middle), gauge) <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         if ROUND_FROM <= low < max(self.exact_bonds()):
-            low -= low % multiple
+            low = max(low - low % multiple, 1)
         return self.clip(low)
 
     def to_json(self) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def thin(s: int, out_features: int, in_features: int) -> Sites:
     """Two sites `(O/s,s)(s,I/s)`: a matrix cut with short legs crossed over; ValueError if `s` divides badly."""
     for name, features in (("out", out_features), ("in", in_features)):
         if features % s:
-            workable = sorted(divisors(features), key=lambda d: abs(d - s))[:3]
+            workable = sorted(divisors(math.gcd(out_features, in_features)), key=lambda d: abs(d - s))[:3]
             raise ValueError(
                 f"thin:{s} does not divide {name} features {features}: {features} % {s} = {features % s}; "
                 f"try {', '.join(f'thin:{d}' for d in sorted(workable))}"
@@ -262,12 +263,16 @@ def balanced(number: int, n: int) -> tuple[int, ...]:
 
 
 def _interleaved(n: int, out_features: int, in_features: int) -> Sites | None:
+    if n > out_features.bit_length() + in_features.bit_length():  # more than both have prime factors
+        return None
     sites = Sites(balanced(out_features, n), balanced(in_features, n)[::-1])
     return None if (1, 1) in zip(sites.out_legs, sites.in_legs, strict=True) else sites
 
 
 def _nearest(n: int, features: int) -> int:
     """The size nearest to `features` whose most equal `n` factors lie within a factor of four of each other."""
+    if features <= 2**n:
+        return int(2**n)
     for distance in range(features + 4**n):
         for size in (features - distance, features + distance):
             if size >= 2**n:

@@ -47,28 +47,29 @@ def leading_left_vectors(matrix: Tensor, rank: int, seed: int = 0) -> Tensor:
         return fix_signs(torch.linalg.svd(M, full_matrices=False)[0][:, :rank])
     if M.shape[0] <= M.shape[1]:
         return leading_eigenvectors(M @ M.T, rank, seed)
-    basis: Tensor = torch.linalg.qr(M @ leading_eigenvectors(M.T @ M, rank, seed))[0]
-    return basis
+    return fix_signs(torch.linalg.qr(M @ leading_eigenvectors(M.T @ M, rank, seed))[0])
 
 
+@torch.no_grad()
 def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """`(U, s, Vh)` of the `rank` largest singular values, in the dtype of `matrix`.
 
     For large matrices the Frobenius error of `U s Vh` is within 1 % of the smallest possible, in a fraction of the
-    time.
+    time. At most `min(m, n)` of them; ValueError if `rank` is no whole number from 1 on.
 
     >>> U, s, Vh = truncated_svd(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2)
     >>> s
     tensor([3., 2.])
     """
     check_matrix(matrix, "matrix")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"a rank of {rank!r} is no whole number from 1 on")
     basis = leading_left_vectors(matrix, rank, seed)
-    small = basis.T @ matrix.to(torch.float64)
-    values, rotation = torch.linalg.eigh(small @ small.T)
-    rotation, s = rotation.flip(1), values.flip(0).clamp_min(0).sqrt()
-    tiny = torch.finfo(torch.float64).tiny
-    U, Vh = basis @ rotation, (rotation.T @ small) / s.clamp_min(tiny)[:, None]
-    return U.to(matrix.dtype), s.to(matrix.dtype), Vh.to(matrix.dtype)
+    rotation, s, Vh = torch.linalg.svd(basis.T @ matrix.to(torch.float64), full_matrices=False)
+    U = basis @ rotation
+    signed = fix_signs(U)
+    Vh = Vh * (signed * U).sum(0).sign()[:, None]
+    return signed.to(matrix.dtype), s.to(matrix.dtype), Vh.to(matrix.dtype)
 
 
 def fix_signs(vectors: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Fit:
         )
 
 
+@torch.no_grad()
 def fit_mpo(
     weight: Tensor,
     sites: Sites,
