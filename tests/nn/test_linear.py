@@ -309,3 +309,10 @@ def test_a_core_with_a_forward_of_its_own_is_called(gauge, tokens):
         core.forward = lambda z, core=core: called.append(1) or nn.functional.linear(z, core.weight)
     assert torch.allclose(layer(x), expected, atol=1e-5)
     assert len(called) == 2
+
+
+def test_function_transforms_work_with_a_gauge():
+    layer = MPOLinear.from_mpo(sequential_svd(torch.randn(8, 6), Sites((8, 1), (1, 6)), 4), gauge=True)
+    x = torch.randn(5, 6)
+    jacobian = torch.func.vmap(torch.func.jacrev(layer))(x)
+    assert torch.allclose(jacobian, layer.to_matrix().expand(5, 8, 6), atol=1e-5)

@@ -239,10 +239,15 @@ def reorder(y: Tensor, order: Tensor) -> Tensor:
 class _Reorder(torch.autograd.Function):
     """`y[..., order]` for a permutation, whose gradient is a gather too: autograd's own would add row by row."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(y: Tensor, order: Tensor) -> Tensor:
         return y.index_select(-1, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -55,10 +55,11 @@ def whitened_cut(
     output_root: Root | None = None,
     damping: float = DAMPING,
 ) -> MPO:
-    """The matrix cut `(O,1)(1,I)` at `bond` that minimises `tr(B D C D^T)`, exactly, in the dtype of `weight`.
+    """The matrix cut `(O,1)(1,I)` at `bond` that minimises `tr(B D C D^T)`, in the dtype of `weight`.
 
-    `svd_k(B^1/2 W C^1/2)` with both roots undone, through the Gram matrix of the smaller side: only that side's root is
-    ever needed, the other moment enters as it is. Give roots in place of moments where several matrices share them.
+    Exactly up to `svd.DENSE_UP_TO`, within 1 % of the least error beyond. `svd_k(B^1/2 W C^1/2)` with both roots undone,
+    through the Gram matrix of the smaller side: only that side's root is ever needed, the other moment enters as it is. Give
+    roots in place of moments where several matrices share them.
 
     >>> weight = torch.eye(3)
     >>> whitened_cut(weight, 1, input_moment=torch.diag(torch.tensor([1.0, 9.0, 4.0]))).to_matrix().diagonal().round()
@@ -88,7 +89,7 @@ def cut_spectrum(
 ) -> Tensor:
     """All `min(O, I)` singular values of `B^1/2 W C^1/2`, descending, float64: the error of every matrix cut at once.
 
-    `tr(B D C D^T)` of `whitened_cut` at bond `k`, in the damped moments, is the sum of the squares from place `k` on.
+    The least `tr(B D C D^T)` at bond `k`, in the damped moments, is the sum of the squares from place `k` on.
     One symmetric eigenvalue problem of the smaller side. Give roots in place of moments where matrices share them.
 
     >>> cut_spectrum(torch.eye(3), input_moment=torch.diag(torch.tensor([1.0, 9.0, 4.0])), damping=0.0)
