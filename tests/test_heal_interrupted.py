@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from heal_cases import SETTINGS, heal, make_home, weights
+from killing import kill_when
 from torch.distributed.checkpoint import FileSystemWriter
 
 import bondsmith
@@ -61,19 +61,6 @@ def run_cli(arguments: list[str], slow: float) -> None:
         cli.main()
 
 
-def kill_when(arguments: list[str], reached: Callable[[], bool]) -> bool:
-    child = multiprocessing.get_context("fork").Process(target=run_cli, args=(arguments, 0.05))
-    child.start()
-    assert child.pid is not None
-    while child.is_alive():
-        if reached():
-            os.kill(child.pid, signal.SIGKILL)
-            break
-        time.sleep(0.0005)
-    child.join()
-    return child.exitcode == -signal.SIGKILL
-
-
 def test_killed_again_and_again_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
     whole = heal(home, tmp_path / "whole", evaluate=False)
     out, work = tmp_path / "out", tmp_path / "out.partial" / "work"
@@ -90,7 +77,7 @@ def test_killed_again_and_again_ends_with_the_same_bytes(home: Path, tmp_path: P
     ]
     killed = 0
     for reached in moments:
-        killed += kill_when(command(home, out, "--resume"), reached)
+        killed += kill_when(run_cli, (command(home, out, "--resume"), 0.05), reached)
         assert not out.exists()
     assert killed == len(moments)
     again = heal(home, out, resume=True, evaluate=False)

@@ -6,16 +6,15 @@ import errno
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_tiny, write_text
+from killing import kill_when
 
 import bondsmith
 from bondsmith import cli
@@ -46,20 +45,6 @@ def run_cli(arguments: list[str]) -> None:
         cli.main()
 
 
-def kill_when(arguments: list[str], reached: Callable[[], bool]) -> bool:
-    """Runs the command in a child; SIGKILL as soon as `reached`. Returns whether it was killed before it ended."""
-    child = multiprocessing.get_context("fork").Process(target=run_cli, args=(arguments,))
-    child.start()
-    assert child.pid is not None
-    while child.is_alive():
-        if reached():
-            os.kill(child.pid, signal.SIGKILL)
-            break
-        time.sleep(0.0005)
-    child.join()
-    return child.exitcode == -signal.SIGKILL
-
-
 def weights(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(directory.glob("bondsmith*")) if f.suffix != ".partial"}
 
@@ -80,7 +65,7 @@ def test_killed_again_and_again_ends_with_the_same_bytes(model: Path, tmp_path: 
     ]
     killed, finished_before = 0, 0.0
     for reached in moments:
-        killed += kill_when(command(model, out, "--resume"), reached)
+        killed += kill_when(run_cli, (command(model, out, "--resume"),), reached)
         assert not out.exists()
         shards = [f.stat().st_mtime for f in sorted(partial.glob("bondsmith-*.safetensors"))][:2]
         if len(shards) == 2:
@@ -97,7 +82,9 @@ def test_killed_again_and_again_ends_with_the_same_bytes(model: Path, tmp_path: 
 
 
 def interrupted(model: Path, out: Path) -> Path:
-    kill_when(command(model, out), lambda: (out.with_name("out.partial") / checkpoint.shard_name(1, 7)).is_file())
+    kill_when(
+        run_cli, (command(model, out),), lambda: (out.with_name("out.partial") / checkpoint.shard_name(1, 7)).is_file()
+    )
     return out.with_name("out.partial")
 
 
