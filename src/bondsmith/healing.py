@@ -39,10 +39,10 @@ from bondsmith.rundir import (
     open_directory,
     restore,
 )
-from bondsmith.stages import quality, report
 from bondsmith.stages.healing import output
 from bondsmith.stages.healing.loop import Loop, Moment, Teacher
 from bondsmith.stages.healing.ranks import Ranks, joined
+from bondsmith.stages.healing.record import finished, record
 from bondsmith.stages.healing.samples import Samples, join, read_samples
 from bondsmith.stages.healing.settings import HealError, HealSettings
 from bondsmith.stages.healing.shard import compute_again, keeps_apart, shard
@@ -50,7 +50,6 @@ from bondsmith.stages.healing.state import States
 from bondsmith.stages.healing.teacher import Cache, ask, check_vocabulary, open_original, original_of
 from bondsmith.stages.training import Steps, reduced_matrices, train_scales_inside, trainable
 
-_NO_LONGER = ("quality", "quality_fitted", "tasks", "chat")  # sections of the results that training changes
 _OFTEN = 5.0
 Progress = Callable[[str, float], None]
 Tell = Callable[[Moment], None]
@@ -122,7 +121,7 @@ def heal(
             restore(home)
             restore(place)
         ranks.wait()
-        if (resume or finish) and (healing := _finished(place, chosen)):
+        if (resume or finish) and (healing := finished(place, chosen)):
             log.info("%s was healed with these settings to the end: nothing is left to do", place)
             return Healed(place, healing)
         source = open_compressed(home)
@@ -141,19 +140,6 @@ def heal(
             move_into_place(partial_place, place)
         ranks.wait()
     return Healed(place, healing)
-
-
-def _finished(place: Path, settings: HealSettings) -> dict[str, Any] | None:
-    """Returns the section `healing` of a directory that was healed with these settings and holds no unfinished run."""
-    results = place / "results.json"
-    if place.with_name(place.name + ".partial").is_dir() or not results.is_file():
-        return None
-    healing: dict[str, Any] = json.loads(results.read_text()).get("healing") or {}
-    found, asked = healing.get("settings") or {}, settings.to_dict()
-    if healing.get("before_rounding"):
-        return None
-    shorter = 0 < found.get("window", 0) <= settings.window  # windows are no longer than the model's context
-    return healing if shorter and found == asked | {"window": found["window"]} else None
 
 
 @dataclass
@@ -227,7 +213,9 @@ class _Run:
         if self.ranks.main:
             rewritten = output.REPORTS if (self.source.path / output.REPORTS[0]).is_file() else ()
             output.write_healed(self.source.path, self.directory, output.stored(student, freed, trained), rewritten)
-            self.record(healing, original if evaluate else None, samples)
+            asked = original if evaluate else None
+            advance = partial(self.progress, "quality")
+            record(self.source.path, self.directory, healing, asked, samples.plain, self.ranks.device, advance)
         self.ranks.wait()
         return healing
 
@@ -409,17 +397,3 @@ class _Run:
             "seconds": loop.seconds,
             "curve": loop.history,
         }
-
-    def record(self, healing: dict[str, Any], original: Source | None, samples: Samples) -> None:
-        """Writes results and report: what was measured before the healing and no longer holds is left out or measured anew."""
-        file = self.source.path / output.REPORTS[0]
-        if not file.is_file():
-            return
-        results = {k: v for k, v in json.loads(file.read_text()).items() if k not in _NO_LONGER}
-        results["healing"] = healing
-        if original is not None:
-            healed = open_compressed(self.directory)
-            advance = partial(self.progress, "quality")
-            results["quality"] = quality.compare(original, healed, samples.plain, self.ranks.device, advance)
-        write_json(self.directory / "results.json", results)
-        report.write_report(self.directory, results)
