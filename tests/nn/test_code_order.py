@@ -113,7 +113,7 @@ def test_the_cuda_kernel_multiplies_by_the_rounded_matrix(grid: Grid) -> None:
     [Grid(2, 32), Grid(3, 128), Grid(2, 128, symmetric=False), Grid(3, 32, symmetric=False), Grid(3, 0)],
     ids=str,
 )
-@pytest.mark.parametrize(("rows", "columns"), [(128, 192), (72, 192), (72, 200), (72, 176)])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 192), (104, 192), (104, 200), (104, 176)])
 def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid: Grid, rows: int, columns: int) -> None:
     packed, x = layer(grid, rows, columns, bias=False), torch.randn(100, columns)
     codes, expected = packed.codes.clone(), F.linear(x, packed.to_matrix())
@@ -138,7 +138,7 @@ def test_widened_codes_are_the_same_matrix_in_the_order_of_the_int4_kernel(grid:
 @pytest.mark.parametrize("grid", [Grid(4, 128), Grid(4, 128, symmetric=False), Grid(4, 0)], ids=str)
 @pytest.mark.parametrize("columns", [192, 175])
 def test_groups_made_of_several_of_the_kernel_s_and_rows_of_no_whole_block(grid: Grid, columns: int) -> None:
-    packed = layer(grid, 72, columns, bias=False)
+    packed = layer(grid, 104, columns, bias=False)
     W, ids = packed.to_matrix(), torch.tensor([71, 0, 33])
     for tokens in (1, 3, 100):
         x = torch.randn(tokens, columns, dtype=torch.bfloat16)
@@ -227,11 +227,11 @@ class TestCodesInTheOrderOfTheKernel:
         assert torch.equal(packed.to_matrix(), W)
 
     def test_what_was_filled_up_is_not_saved(self) -> None:
-        packed, W = self.used(72, 176)
+        packed, W = self.used(104, 176)
         state = packed.state_dict()
-        assert state["codes"].untyped_storage().nbytes() == 72 * 88
+        assert state["codes"].untyped_storage().nbytes() == 104 * 88
         safetensors.torch.save(dict(state))
-        other = layer(INT4, 72, 176, bias=False)
+        other = layer(INT4, 104, 176, bias=False)
         other.load_state_dict(state)
         assert torch.equal(other.to_matrix(), W)
 
@@ -242,5 +242,5 @@ class TestCodesInTheOrderOfTheKernel:
         assert packed.codes.shape == (5, 96)
 
     def test_another_device_gets_the_order_of_the_file(self) -> None:
-        packed, _ = self.used(72, 176)
-        assert packed.to("meta").codes.shape == (72, 88)
+        packed, _ = self.used(104, 176)
+        assert packed.to("meta").codes.shape == (104, 88)
