@@ -176,7 +176,7 @@ def _kernel(matrix: PackedMatrix, x: Tensor) -> Callable[[], Tensor]:
         return partial(
             ops._weight_int8pack_mm, x, matrix.codes.view(torch.int8), matrix.scales[:, 0].to(torch.bfloat16)
         )
-    scales = kernels.int4_scales(matrix.codes, grid, matrix.scales, matrix.minima, matrix.columns)
+    scales = kernels.int4_scales(matrix.codes, grid, matrix.scales, matrix.centres, matrix.columns)
     codes = matrix.codes.view(scales.shape[1], -1)
     return partial(ops._weight_int4pack_mm_for_cpu, x, codes, kernels.int4_group(grid, matrix.columns), scales)
 

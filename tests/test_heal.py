@@ -183,7 +183,7 @@ def test_scales_and_norms_of_a_rounded_model_are_healed_and_its_integers_stay(ho
         assert {n: (t.shape, t.dtype) for n, t in old.items()} == {n: (t.shape, t.dtype) for n, t in new.items()}
         changed |= {n for n in old if not torch.equal(old[n], new[n])}
     assert any("scales" in n for n in changed)
-    assert any("minima" in n for n in changed)
+    assert any("centres" in n for n in changed)
     assert not any("codes" in n or "pivots" in n for n in changed)
 
 

@@ -44,8 +44,8 @@ class Recipe:
         rounding: compensated (later weights and cores make up for the errors of earlier ones; without moments as searched), searched (to
             nearest, each scale the best for its group) or nearest (to nearest, scales from the largest entry: what plain quantizers do).
         group: columns that share a scale in rounding to 4 bits and fewer; 0, a whole row, in a uniform plan.
-        symmetric: no minimum per group: levels lie evenly about zero.
-        codebook: levels of 4 bits: uniform (evenly spaced, with a minimum per group) or nf4 (those of QLoRA).
+        symmetric: no centre per group: levels lie evenly about zero.
+        codebook: levels of 4 bits: uniform (evenly spaced, about a centre per group) or nf4 (those of QLoRA).
         plan: file of a plan to carry out as it is (`plan.json`); budgets are then not needed.
         profile: directory of a finished profile to go on from; the settings of calibration are taken from it.
         bounds: glob pattern of matrices -> (least, largest) share of their parameters that a plan keeps; the last match decides.
@@ -396,7 +396,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def grid_of(bits: int, group: int, codebook: str = "uniform", symmetric: bool = False) -> Grid:
-    """Returns the grid a plan rounds to: 8 bits per row; fewer in groups with a minimum, unless `symmetric` or of a four-bit `codebook`."""
+    """Returns the grid a plan rounds to: 8 bits per row; fewer in groups with a centre, unless `symmetric` or of a four-bit `codebook`."""
     if bits == 8:
         return Grid(8, 0)
     return (

@@ -9,7 +9,7 @@ from torch import nn
 from bondsmith.nn.free import free, free_all, pivot_all, pivoted
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedEmbedding, PackedLinear, half_scales, saved_state, train_scales
+from bondsmith.nn.packed import PackedEmbedding, PackedLinear, stored_scales, saved_state, train_scales
 from bondsmith.nn.simulated import SimulatedLinear, simulate_rounding
 from bondsmith.tensor import Sites
 from bondsmith.tensor.rounding import Grid, round_to_nearest
@@ -122,13 +122,13 @@ def test_scales_in_training_are_saved_as_the_format_has_them() -> None:
     model = nn.Sequential(packed(24, 18, Grid(4, 6, symmetric=False), bias=True), packed(18, 24, Grid(8, 0)))
     before = {n: t.clone() for n, t in model.state_dict().items()}
     train_scales(model)
-    assert {n for n, _ in model.named_parameters()} == {"0.scales", "0.minima", "0.bias", "1.scales"}
+    assert {n for n, _ in model.named_parameters()} == {"0.scales", "0.centres", "0.bias", "1.scales"}
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    for state in (half_scales(model, model.state_dict()), saved_state(model, torch.float32)):
+    for state in (stored_scales(model, model.state_dict()), saved_state(model, torch.float32)):
         assert {n: t.dtype for n, t in state.items()} == {n: t.dtype for n, t in before.items()}
         assert all(torch.equal(t, before[n]) for n, t in state.items())
-    assert saved_state(model[1], torch.bfloat16)["scales"].dtype == torch.float16
-    assert saved_state(model, torch.bfloat16)["0.bias"].dtype == torch.bfloat16
+    assert saved_state(model[1], torch.float16)["scales"].dtype == torch.bfloat16
+    assert saved_state(model, torch.float16)["0.bias"].dtype == torch.float16
     train_scales(model, False)
     assert not any(n.endswith("scales") for n, _ in model.named_parameters())
 

@@ -26,7 +26,7 @@ from bondsmith.model.quantized import OURS
 from bondsmith.model.source import skeleton
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, half_scales
+from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, stored_scales
 from bondsmith.nn.packed import widen as widen_packed
 from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
@@ -134,7 +134,7 @@ class BondsmithQuantizer(HfQuantizer):
         replaced = {**config.networks, **config.packed}
         if getattr(model, "_hf_peft_config_loaded", False) or not replaced:
             return None, {}
-        state = half_scales(model, model.state_dict())
+        state = stored_scales(model, model.state_dict())
         packed = {name: state[name] for name in _state_names(model, config.packed)}
         guard = _guard(replaced)
         return state | ({guard: torch.empty(0)} if guard else {}), metadata(packed)

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bondsmith.nn.pairs import pairs
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 log = logging.getLogger(__name__)
@@ -48,15 +49,12 @@ def rows_from_order(ordered: Tensor, rows: Tensor) -> Tensor:
     return from_order(tiles).view(-1, _ROWS, half)[torch.arange(len(rows), device=rows.device), rows % _ROWS]
 
 
-def matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None) -> Tensor:
+def matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, centres: Tensor | None) -> Tensor:
     """`(T, O)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`."""
     rows, columns = ordered.shape[0], 2 * ordered.shape[1]
     inner = _inner(columns)
-    step = scales.to(torch.float32)
-    zero = step * (8 - grid.offset) if minima is None else step * 8 + minima
-    both = torch.stack((step, zero), -1).to(torch.bfloat16).transpose(0, 1).contiguous()
     tiles = ordered.view(torch.int32).view(rows // _ROWS, columns // (_STEP * inner), 32, inner // 2)
-    return torch.ops.aten._weight_int4pack_mm(x, tiles, grid.group, both)
+    return torch.ops.aten._weight_int4pack_mm(x, tiles, grid.group, pairs(scales, centres, rows))
 
 
 def learn_places(convert: Callable[[Tensor], Tensor], rows: int, columns: int) -> Tensor:
@@ -106,9 +104,9 @@ def _works(device: torch.device) -> bool:
         for columns in (128, 192):
             rounded = round_to_nearest(torch.randn(64, columns, generator=generator), grid)
             x, packed = torch.randn(4, columns, generator=generator), rounded.pack().to(device)
-            assert rounded.minima is not None
-            ordered, scales, minima = to_order(packed), rounded.scales.to(device), rounded.minima.to(device)
-            y = matmul(x.to(device, torch.bfloat16), ordered, grid, scales, minima)
+            assert rounded.centres is not None
+            ordered, scales, centres = to_order(packed), rounded.scales.to(device), rounded.centres.to(device)
+            y = matmul(x.to(device, torch.bfloat16), ordered, grid, scales, centres)
             expected = x @ rounded.dequantize().T
             if not torch.equal(from_order(ordered), packed) or (y.cpu() - expected).norm() > 0.02 * expected.norm():
                 raise ValueError("a product is wrong")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from bondsmith.nn.pairs import pairs
 from bondsmith.tensor.rounding import Grid, packed_levels
 
 # Up to here the kernels beat unpacking the matrix for one bfloat16 GEMM: they hardly gain from more tokens.
@@ -78,53 +79,16 @@ def int8_matmul(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.aten._weight_int8pack_mm(x, packed.view(torch.int8), scales)
 
 
-def int4_matmul(
-    x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, shift: int = 0
-) -> Tensor:
-    """`(T, rows of whole blocks)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`.
-
-    `shift` is what codes of an asymmetric grid were raised by, so that few bits lie around the kernel's zero.
-    """
-    pairs = int4_scales(ordered, grid, scales, minima, x.shape[1], shift)
+def int4_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, centres: Tensor | None) -> Tensor:
+    """`(T, rows of whole blocks)` from `(T, I)` bfloat16 activations and codes in the kernel's order, which it reads as `q - 8`."""
+    values = int4_scales(ordered, grid, scales, centres, x.shape[1])
     codes = ordered.view(_filled_rows(ordered), -1)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(_filled(x, ordered), codes, int4_group(grid, x.shape[1]), pairs)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(_filled(x, ordered), codes, int4_group(grid, x.shape[1]), values)
 
 
-def int4_scales(
-    ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, in_features: int, shift: int = 0
-) -> Tensor:
+def int4_scales(ordered: Tensor, grid: Grid, scales: Tensor, centres: Tensor | None, in_features: int) -> Tensor:
     """What the int4 kernel multiplies by and adds, `(G, rows of whole blocks, 2)` bfloat16."""
-    zero = 8 - (grid.offset if minima is None else shift)
-    return _spread(_scale_pairs(scales, minima, zero, _filled_rows(ordered)), grid, in_features, 0)
-
-
-def side_by_side(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
-    """The same `(O, G)` tensors as views of one that lies as the int4 kernel reads them: `(G, O, 2)`, rows of whole blocks."""
-    pairs = F.pad(torch.stack((scales.T, minima.T), -1), (0, 0, 0, -len(scales) % int4_block()))
-    return pairs[:, : len(scales), 0].T, pairs[:, : len(scales), 1].T
-
-
-def _scale_pairs(scales: Tensor, minima: Tensor | None, zero: float, rows: int) -> Tensor:
-    """`scale` and `minimum + zero * scale` of the grid's groups, `(G, rows, 2)`.
-
-    Made in place, as operations count when one token is decoded.
-    """
-    given, groups = scales.shape
-    if minima is not None and _lie_side_by_side(scales, minima, rows):
-        pairs = scales.as_strided((groups, rows, 2), (2 * rows, 2, 1)).float()
-        pairs.select(2, 1).add_(pairs.select(2, 0), alpha=zero)
-        return pairs.bfloat16()
-    wide = scales.float()
-    added = wide * zero if minima is None else torch.add(minima.float(), wide, alpha=zero)
-    both = torch.empty(groups, rows, 2, dtype=torch.bfloat16, device=scales.device)
-    both[:, :given, 0], both[:, :given, 1] = wide.T, added.T
-    both[:, given:] = 0
-    return both
-
-
-def _lie_side_by_side(scales: Tensor, minima: Tensor, rows: int) -> bool:
-    as_pairs = scales.stride() == minima.stride() == (2, 2 * rows)
-    return as_pairs and minima.data_ptr() == scales.data_ptr() + scales.element_size()
+    return _spread(pairs(scales, centres, _filled_rows(ordered)), grid, in_features, 0)
 
 
 def _spread(values: Tensor, grid: Grid, in_features: int, dim: int) -> Tensor:
@@ -168,9 +132,7 @@ def from_int4_order(ordered: Tensor) -> Tensor:
     return codes[..., 0] | (codes[..., 1] << 4)
 
 
-def int4_unpacked_matmul(
-    x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, shift: int = 0
-) -> Tensor:
+def int4_unpacked_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, centres: Tensor | None) -> Tensor:
     """`(T, rows of whole blocks)` from codes in the kernel's order: some blocks at a time are unpacked for a GEMM.
 
     Each byte holds two rows half a block apart, so the outputs of the GEMM come in pairs, and are put in order after it.
@@ -178,32 +140,32 @@ def int4_unpacked_matmul(
     block, columns, rows, wide = 2 * ordered.shape[2], ordered.shape[1], _filled_rows(ordered), x.to(gemm_dtype(x))
     step = max(1, CHUNK // (columns * block))
     y = x.new_empty(x.shape[0], rows)
-    if minima is not None:
-        lowered = torch.sub(minima.float(), scales.float(), alpha=shift)
-        minima = F.pad(_spread(lowered, grid, x.shape[1], 1), (0, 0, 0, rows - len(scales)))
-    scales = F.pad(_spread(scales, grid, x.shape[1], 1), (0, 0, 0, rows - len(scales)))
+
+    def filled(values: Tensor) -> Tensor:
+        return F.pad(_spread(values, grid, x.shape[1], 1), (0, 0, 0, rows - len(values)))
+
+    scales, centres = filled(scales), None if centres is None else filled(centres)
     wide = _filled(wide, ordered)
     for first in range(0, len(ordered), step):
         blocks, part = ordered[first : first + step], slice(first * block, (first + step) * block)
-        matrix = _columns(blocks, grid, scales[part], None if minima is None else minima[part], wide.dtype)
-        pairs = (wide @ matrix).view(len(x), len(blocks), block // 2, 2)
-        y[:, part] = pairs.transpose(2, 3).reshape(len(x), len(blocks) * block)
+        matrix = _columns(blocks, grid, scales[part], None if centres is None else centres[part], wide.dtype)
+        found = (wide @ matrix).view(len(x), len(blocks), block // 2, 2)
+        y[:, part] = found.transpose(2, 3).reshape(len(x), len(blocks) * block)
     return y
 
 
-def _columns(ordered: Tensor, grid: Grid, scales: Tensor, minima: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _columns(ordered: Tensor, grid: Grid, scales: Tensor, centres: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The matrix of whole blocks as `(I, rows)`, rows in the order in which the bytes hold them; scales of the kernel's groups."""
     (blocks, columns, half), groups = ordered.shape, scales.shape[1]
     block = 2 * half
 
-    def pairs(values: Tensor) -> Tensor:  # (rows, G) as (blocks, G, 1, block)
+    def by_group(values: Tensor) -> Tensor:  # (rows, G) as (blocks, G, 1, block)
         return values.float().view(blocks, 2, block // 2, groups).permute(0, 3, 2, 1).reshape(blocks, groups, 1, block)
 
-    matrix = packed_levels(grid, ordered.view(blocks * block, -1), columns).view(blocks, groups, -1, block) * pairs(
-        scales
-    )
-    if minima is not None:
-        matrix = matrix + pairs(minima)
+    levels = packed_levels(grid, ordered.view(blocks * block, -1), columns).view(blocks, groups, -1, block)
+    matrix = levels * by_group(scales)
+    if centres is not None:
+        matrix = matrix + by_group(centres)
     by_column = torch.empty(columns, blocks, block, dtype=dtype, device=ordered.device)
     by_column.copy_(matrix.view(blocks, columns, block).transpose(0, 1))
     return by_column.view(columns, blocks * block)

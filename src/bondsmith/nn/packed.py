@@ -1,6 +1,6 @@
 """Layers whose weights are a few bits each, in memory as on disk.
 
-- Codes are packed bytes, scales and minima float16; no float copy of the matrix outlives a call.
+- Codes are packed bytes, scales and centres bfloat16; no float copy of the matrix outlives a call.
 - bfloat16 activations go through torch's kernels while tokens are few: int8 and int4 on a CPU, int4 on CUDA; everything else unpacks
   some rows at a time and multiplies.
 - Gradients reach inputs, and scales once `train_scales` made parameters of them; the integers stay.
@@ -18,39 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bondsmith.nn import code_order, cuda_int4, kernels
+from bondsmith.nn import code_order, cuda_int4, kernels, pairs
 from bondsmith.tensor.packing import row_bytes
-from bondsmith.tensor.rounding import Grid, Rounded, packed_levels, scaled
+from bondsmith.tensor.rounding import SCALE_DTYPE, Grid, Rounded, packed_levels, scaled
 
 
 class PackedMatrix(nn.Module):
-    """A rounded `(O, I)` matrix as buffers `codes`, `scales`, `minima`; zeros until it is filled."""
+    """A rounded `(O, I)` matrix as buffers `codes`, `scales`, `centres`; zeros until it is filled."""
 
     codes: Tensor
     scales: Tensor
-    minima: Tensor | None
+    centres: Tensor | None
 
     def __init__(self, rows: int, columns: int, grid: Grid, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.grid, self.rows, self.columns = grid, rows, columns
-        self._kernel_grid, self._shift = code_order.kernel_grid(grid), code_order.shift(grid)
+        self._kernel_grid = code_order.kernel_grid(grid)
         groups = (rows, grid.groups(columns))
         self.register_buffer(
             "codes", torch.zeros(rows, row_bytes(columns, grid.bits), dtype=torch.uint8, device=device)
         )
-        self.register_buffer("scales", torch.zeros(groups, dtype=torch.float16, device=device))
-        minima = None if grid.symmetric else torch.zeros(groups, dtype=torch.float16, device=device)
-        self.register_buffer("minima", minima)
-        self._kept: tuple[Tensor, int | None, Tensor] | None = None  # scales, their version, the same in bfloat16
+        self.register_buffer("scales", torch.zeros(groups, dtype=SCALE_DTYPE, device=device))
+        centres = None if grid.symmetric else torch.zeros(groups, dtype=SCALE_DTYPE, device=device)
+        self.register_buffer("centres", centres)
 
     def put(self, rounded: Rounded) -> None:
-        """Takes the codes, scales and minima of a rounded matrix; ValueError if it has another shape or grid."""
+        """Takes the codes, scales and centres of a rounded matrix; ValueError if it has another shape or grid."""
         if rounded.grid != self.grid or rounded.shape != (self.rows, self.columns):
             raise ValueError(
                 f"a {rounded.shape[0]} x {rounded.shape[1]} matrix on {rounded.grid} does not fit into a packed one of "
                 f"{self.rows} x {self.columns} on {self.grid}"
             )
-        self.codes, self.scales, self.minima = rounded.pack(), rounded.scales, rounded.minima
+        self.codes, self.scales, self.centres = rounded.pack(), rounded.scales, rounded.centres
 
     def packed_codes(self) -> Tensor:
         """The packed bytes in the order of the file format."""
@@ -69,17 +68,17 @@ class PackedMatrix(nn.Module):
 
     def to_rounded(self) -> Rounded:
         """The rounded matrix."""
-        scales = self.scales.detach().half().contiguous()
-        minima = None if self.minima is None else self.minima.detach().half().contiguous()
-        return Rounded.unpack(self.grid, self.columns, self.packed_codes(), scales, minima)
+        scales = _stored(self.scales)
+        centres = None if self.centres is None else _stored(self.centres)
+        return Rounded.unpack(self.grid, self.columns, self.packed_codes(), scales, centres)
 
     def to_matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The `(O, I)` matrix, differentiable in scales and minima."""
-        return self._rows(self.packed_codes(), self.scales, self.minima, dtype)
+        """The `(O, I)` matrix, differentiable in scales and centres."""
+        return self._rows(self.packed_codes(), self.scales, self.centres, dtype)
 
     def train_scales(self, mode: bool = True) -> None:
-        """Makes float32 parameters of scales and minima, or rounds them back to float16 buffers."""
-        for name in ("scales", "minima"):
+        """Makes float32 parameters of scales and centres, or rounds them back to bfloat16 buffers."""
+        for name in ("scales", "centres"):
             old = getattr(self, name)
             if old is None or isinstance(old, nn.Parameter) == mode:
                 continue
@@ -87,14 +86,14 @@ class PackedMatrix(nn.Module):
             if mode:
                 self.register_parameter(name, nn.Parameter(old.float()))
             else:
-                self.register_buffer(name, old.detach().half())
+                self.register_buffer(name, _stored(old))
 
-    def _rows(self, codes: Tensor, scales: Tensor, minima: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return scaled(self.grid, packed_levels(self.grid, codes, self.columns), scales, minima).to(dtype)
+    def _rows(self, codes: Tensor, scales: Tensor, centres: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return scaled(self.grid, packed_levels(self.grid, codes, self.columns), scales, centres).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrix:
-        """Moves like any module, but casts neither scales nor minima: `.half()` and `.to(dtype)` leave the weights as they are."""
-        before = {name: t.detach() for name in ("scales", "minima") if (t := getattr(self, name)) is not None}
+        """Moves like any module, but casts neither scales nor centres: `.half()` and `.to(dtype)` leave the weights as they are."""
+        before = {name: t.detach() for name in ("scales", "centres") if (t := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
@@ -116,7 +115,7 @@ class PackedMatrix(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "codes"] = self.packed_codes()
-        for key in (prefix + "scales", prefix + "minima"):
+        for key in (prefix + "scales", prefix + "centres"):
             if key in destination:
                 destination[key] = destination[key].contiguous()  # they may be views of one tensor
 
@@ -127,7 +126,7 @@ class PackedMatrix(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """`x W^T`, `(..., O)`."""
         if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
-            y: Tensor = _Multiply.apply(x, self, self.scales, self.minima)
+            y: Tensor = _Multiply.apply(x, self, self.scales, self.centres)
             return y
         flat = x.reshape(-1, self.columns)
         return self._multiply_flat(flat).reshape(*x.shape[:-1], self.rows)
@@ -140,49 +139,41 @@ class PackedMatrix(nn.Module):
                 if not kernels.is_aligned(self.codes):  # as read from a file
                     with torch.inference_mode(False):
                         self.codes = self.codes.clone()
-                return kernels.int8_matmul(x, self.codes, self._row_scales())
+                return kernels.int8_matmul(x, self.codes, self.scales[:, 0].to(SCALE_DTYPE))
             if code_order.order(self.codes) == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
                 return self._multiply_int4(x.contiguous())
         few = low and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
             self._bring_into("cuda")
-            return cuda_int4.matmul(x.contiguous(), self.codes[0, 0], self.grid, self.scales, self.minima)
+            return cuda_int4.matmul(x.contiguous(), self.codes[0, 0], self.grid, self.scales, self.centres)
         y, wide = x.new_empty(x.shape[0], self.rows), x.to(kernels.gemm_dtype(x))
         codes, step = self.packed_codes(), max(1, kernels.CHUNK // self.columns)
         for first in range(0, self.rows, step):
             part = slice(first, first + step)
-            minima = None if self.minima is None else self.minima[part]
-            y[:, part] = wide @ self._rows(codes[part], self.scales[part], minima, wide.dtype).T
+            centres = None if self.centres is None else self.centres[part]
+            y[:, part] = wide @ self._rows(codes[part], self.scales[part], centres, wide.dtype).T
         return y
-
-    def _row_scales(self) -> Tensor:
-        """The scales of rows in bfloat16, made again when others are put: making them costs a third of a product."""
-        scales, kept = self.scales, self._kept
-        if isinstance(scales, nn.Parameter) or scales.is_inference():
-            return scales[:, 0].detach().to(torch.bfloat16)
-        if kept is None or kept[0] is not scales or kept[1] != scales._version:
-            kept = self._kept = (scales, scales._version, scales[:, 0].to(torch.bfloat16))
-        return kept[2]
 
     def _multiply_int4(self, x: Tensor) -> Tensor:
         self._bring_into("cpu")
         few = x.dtype == torch.bfloat16 and x.shape[0] <= kernels.INT4_UP_TO
         multiply = kernels.int4_matmul if few else kernels.int4_unpacked_matmul
-        y = multiply(x, self.codes, self._kernel_grid, self.scales, self.minima, self._shift)
+        y = multiply(x, self.codes, self._kernel_grid, self.scales, self.centres)
         return y[:, : self.rows]
 
     def _bring_into(self, order: str) -> None:
-        """Has the codes, on a CPU scales and minima too, in the order of a kernel; each is replaced at once, as others may be reading."""
+        """Has codes, scales and centres as a kernel reads them; each is replaced at once, as others may be reading."""
         if code_order.order(self.codes) == order and (order != "cpu" or kernels.is_of_this_machine(self.codes)):
             return
         with torch.inference_mode(False):
             packed = self.packed_codes()
             if order == "cuda":
                 self.codes = code_order.to_cuda_kernel(packed)
-                return
-            self.codes = code_order.to_cpu_kernel(packed, self.grid, self.columns)
-            if self.minima is not None and not isinstance(self.minima, nn.Parameter):
-                self.scales, self.minima = kernels.side_by_side(self.scales, self.minima)
+            else:
+                self.codes = code_order.to_cpu_kernel(packed, self.grid, self.columns)
+            if self.centres is not None and not isinstance(self.centres, nn.Parameter):
+                more = 0 if order == "cuda" else -self.rows % kernels.int4_block()
+                self.scales, self.centres = pairs.side_by_side(self.scales, self.centres, self.rows + more)
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns}, {self.grid}"
@@ -192,7 +183,7 @@ class _Multiply(torch.autograd.Function):
     """`x W^T` whose backward pass unpacks the matrix again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix, scales: Tensor, minima: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix, scales: Tensor, centres: Tensor | None) -> Tensor:
         ctx.matrix = matrix
         ctx.save_for_backward(x if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] else None)
         return matrix._multiply_flat(x.reshape(-1, matrix.columns)).reshape(*x.shape[:-1], matrix.rows)
@@ -209,7 +200,7 @@ class _Multiply(torch.autograd.Function):
         dW = wide.reshape(-1, matrix.rows).T @ x.reshape(-1, matrix.columns).to(wide.dtype)
         with torch.enable_grad():
             leaves = [
-                None if t is None else t.detach().float().requires_grad_() for t in (matrix.scales, matrix.minima)
+                None if t is None else t.detach().float().requires_grad_() for t in (matrix.scales, matrix.centres)
             ]
             W = matrix._rows(matrix.packed_codes(), leaves[0], leaves[1], torch.float32)
         found = torch.autograd.grad(W, [leaf for leaf in leaves if leaf is not None], dW.to(torch.float32))
@@ -295,9 +286,9 @@ class PackedEmbedding(PackedMatrix):
         """`(..., I)` for integers of any shape."""
         flat = ids.reshape(-1)
         codes = code_order.packed_rows(self.codes, flat, self.grid, self.columns)
-        minima = None if self.minima is None else self.minima[flat]
+        centres = None if self.centres is None else self.centres[flat]
         dtype = self._like.dtype
-        rows = self._rows(codes, self.scales[flat], minima, dtype).view(*ids.shape, self.columns)
+        rows = self._rows(codes, self.scales[flat], centres, dtype).view(*ids.shape, self.columns)
         return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale, dtype=dtype)
 
     @torch.no_grad()
@@ -363,23 +354,28 @@ def train_scales(model: nn.Module, mode: bool = True) -> None:
             module.train_scales(mode)
 
 
-def half_scales(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state dictionary of `model` with the scales that are being trained rounded to the float16 of the format."""
+def stored_scales(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state dictionary of `model` with the scales that are being trained rounded to the bfloat16 of the format."""
     for name, module in model.named_modules():
         if isinstance(module, PackedMatrix):
-            for leaf in ("scales", "minima"):
+            for leaf in ("scales", "centres"):
                 key = f"{name}.{leaf}".lstrip(".")
                 if key in state:
-                    state[key] = state[key].half()
+                    state[key] = state[key].to(SCALE_DTYPE)
     return state
 
 
+def _stored(values: Tensor) -> Tensor:
+    """Scales or centres as they are stored, alone in their memory."""
+    return values.detach().to(SCALE_DTYPE).clone(memory_format=torch.contiguous_format)
+
+
 def saved_state(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns what a weight file holds of `module`: floating point tensors in `dtype`, scales and minima as they are."""
+    """Returns what a weight file holds of `module`: floating point tensors in `dtype`, scales and centres as they are."""
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in module.state_dict().items()}
     for name, packed in module.named_modules():
         if isinstance(packed, PackedMatrix):
             prefix = f"{name}." if name else ""
-            kept = {leaf: getattr(packed, leaf) for leaf in ("scales", "minima")}
-            state |= {prefix + leaf: t.detach().half().contiguous() for leaf, t in kept.items() if t is not None}
+            kept = {leaf: getattr(packed, leaf) for leaf in ("scales", "centres")}
+            state |= {prefix + leaf: _stored(t) for leaf, t in kept.items() if t is not None}
     return state

@@ -119,8 +119,8 @@ def _relative_error(weight: Tensor, rounded: Rounded) -> float:
     lost = whole = 0.0
     for first in range(0, len(weight), _ROWS):
         rows = slice(first, first + _ROWS)
-        minima = None if rounded.minima is None else rounded.minima[rows]
-        part = Rounded(rounded.grid, rounded.codes[rows], rounded.scales[rows], minima)
+        centres = None if rounded.centres is None else rounded.centres[rows]
+        part = Rounded(rounded.grid, rounded.codes[rows], rounded.scales[rows], centres)
         lost += float((weight[rows].float() - part.dequantize()).square().sum())
         whole += float(weight[rows].float().square().sum())
     return (lost / whole) ** 0.5 if whole else 0.0

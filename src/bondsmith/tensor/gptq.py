@@ -7,7 +7,7 @@ The error is `tr(D C D^T)`. Three steps, each of about `O I^2` multiply-adds:
 1. Columns are rounded one after another, and what each gets wrong is made up for by those that follow (GPTQ,
    arXiv 2210.17323). With `C^-1 = U^T U`, `U` upper triangular, the error is then exactly `sum_j |e_j|^2 / U_jj^2`, `e_j`
    being the error of column j as it was when its turn came; so scales are searched with the weights `1 / U_jj^2`.
-2. All scales (and minima) of a row are fitted at once to the codes found: the error is quadratic in them.
+2. All scales (and centres) of a row are fitted at once to the codes found: the error is quadratic in them.
 3. Every code is moved to its best value with all others fixed, column by column. The error only falls.
 
 2 and 3 alternate a few times.
@@ -20,9 +20,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bondsmith.tensor.checks import check_matrix, check_moment
+from bondsmith.tensor.checks import check_moment
 from bondsmith.tensor.metric import damped
-from bondsmith.tensor.rounding import LARGEST_SCALE, Grid, Rounded, as_half, check_not_tiny, find_scale
+from bondsmith.tensor.rounding import SCALE_DTYPE, Grid, Rounded, as_stored, check_weight, find_scale, inverse
 
 DAMPING = 1e-2  # of the mean diagonal: the usual one of GPTQ
 SWEEPS = 2
@@ -48,7 +48,7 @@ def gptq(
         sweeps: rounds of fitting scales and moving codes after the first pass; 0 is plain GPTQ.
 
     Raises:
-        ValueError: bad weight or moment, or entries beyond float16 scales, too large or all too small.
+        ValueError: bad weight or moment, or an entry whose square is not finite.
 
     >>> W, x = torch.randn(8, 32), torch.randn(100, 32) @ torch.randn(32, 32)
     >>> C, grid = x.T @ x / 100, Grid(3, 16)
@@ -57,8 +57,7 @@ def gptq(
     >>> error(gptq(W, grid, C)) < error(gptq(W, grid, C, sweeps=0)) < error(round_to_nearest(W, grid))
     True
     """
-    check_matrix(weight)
-    check_not_tiny(weight, grid)
+    check_weight(weight)
     check_moment(input_moment, weight.shape[1], "input moment")
     H = damped(input_moment, damping)
     if float(H.diagonal().max()) <= 0:  # nothing was ever read: every direction alike
@@ -98,7 +97,7 @@ def _first_pass(W: Tensor, grid: Grid, U: Tensor) -> Rounded:
     starts = {group.start: group for group in slices}
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=W.device)
     scales: list[Tensor] = []
-    minima: list[Tensor] = []
+    centres: list[Tensor] = []
     for first, last in _blocks(slices):
         block = W[:, first:last].T.contiguous()  # columns as rows: each is read and written in one piece
         errors = torch.empty_like(block)
@@ -110,21 +109,20 @@ def _first_pass(W: Tensor, grid: Grid, U: Tensor) -> Rounded:
                     group.stop <= last
                 )  # the columns of a group that reaches beyond the block have all had their due
                 part = block[k : k + group.stop - group.start].T if inside else W[:, group]
-                scale, minimum = find_scale(part.contiguous(), grid, weights[group])
+                scale, centre = find_scale(part.contiguous(), grid, weights[group])
                 scales.append(scale)
-                minima.append(minimum)
-                inverse = torch.where(scale == 0, 0.0, 1 / scale)
+                centres.append(centre)
+                upturned = inverse(scale)
             column = block[k]
-            code = grid.nearest((column if grid.symmetric else column - minimum) * inverse)
+            code = grid.nearest((column if grid.symmetric else column - centre) * upturned)
             codes[j] = code.to(torch.uint8)
             value = grid.levels(code) * scale
             if not grid.symmetric:
-                value += minimum
+                value += centre
             torch.sub(column, value, out=errors[k]).div_(U[j, j])
             block[k + 1 :].addr_(U[j, j + 1 : last], errors[k], alpha=-1)
         W[:, last:].addmm_(errors.T, U[first:last, last:], alpha=-1)
-    half = as_half(torch.stack(scales, 1)), None if grid.symmetric else as_half(torch.stack(minima, 1))
-    return Rounded(grid, codes.T.contiguous(), *half)
+    return Rounded(grid, codes.T.contiguous(), as_stored(scales), None if grid.symmetric else as_stored(centres))
 
 
 def _blocks(slices: list[slice]) -> list[tuple[int, int]]:
@@ -140,43 +138,43 @@ def _blocks(slices: list[slice]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def fit_scales(weight: Tensor, rounded: Rounded, moment: Tensor) -> Rounded:
-    """The same codes with the scales and minima that minimise `tr(D C D^T)`: least squares, row by row, all groups at once."""
+    """The same codes with the scales and centres that minimise `tr(D C D^T)`: least squares, row by row, all groups at once."""
     grid, C = rounded.grid, moment.to(torch.float32)
     W, levels = weight.to(torch.float32), grid.levels(rounded.codes)
     slices = grid.slices(W.shape[1])
     chunk = max(1, _FIT_NUMBERS // (len(slices) * W.shape[1]))
-    scales, minima = [], []
+    scales, centres = [], []
     for first in range(0, len(W), chunk):
         part = slice(first, first + chunk)
-        old = rounded.scales[part].float(), None if rounded.minima is None else rounded.minima[part].float()
-        scale, minimum = _fit_rows(W[part], levels[part], slices, C, *old)
+        old = rounded.scales[part].float(), None if rounded.centres is None else rounded.centres[part].float()
+        scale, centre = _fit_rows(W[part], levels[part], slices, C, *old)
         scales.append(scale)
-        minima.append(minimum)
+        centres.append(centre)
     return replace(
         rounded,
-        scales=as_half(torch.cat(scales)),
-        minima=None if rounded.minima is None else as_half(torch.cat(minima)),
+        scales=torch.cat(scales).to(SCALE_DTYPE),
+        centres=None if rounded.centres is None else torch.cat(centres).to(SCALE_DTYPE),
     )
 
 
 def _fit_rows(
-    W: Tensor, levels: Tensor, slices: list[slice], C: Tensor, scales: Tensor, minima: Tensor | None
+    W: Tensor, levels: Tensor, slices: list[slice], C: Tensor, scales: Tensor, centres: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scales and minima `(R, G)` of a few rows; where the system is singular the old ones stay."""
+    """Scales and centres `(R, G)` of a few rows; where the system is singular the old ones stay."""
     G = len(slices)
     weighted = torch.stack([levels[:, g] @ C[g] for g in slices], 1)  # (R, G, I): what one scale does, times C
     gram = torch.stack([(weighted[:, :, g] * levels[:, None, g]).sum(-1) for g in slices], -1)
     target = W @ C
     rhs = torch.stack([(target[:, g] * levels[:, g]).sum(-1) for g in slices], -1)
     start = scales
-    if minima is not None:  # unknowns: scales, then minima
+    if centres is not None:  # unknowns: scales, then centres
         cross = torch.stack([weighted[:, :, g].sum(-1) for g in slices], -1)
         sums = torch.stack([torch.stack([C[g, h].sum() for h in slices]) for g in slices])
         gram = torch.cat(
             (torch.cat((gram, cross), 2), torch.cat((cross.transpose(1, 2), sums.expand(len(W), -1, -1)), 2)), 1
         )
         rhs = torch.cat((rhs, torch.stack([target[:, g].sum(-1) for g in slices], -1)), 1)
-        start = torch.cat((scales, minima), 1)
+        start = torch.cat((scales, centres), 1)
     solution = _solve(gram, rhs, start)
     return solution[:, :G], solution[:, G:]
 
@@ -189,7 +187,7 @@ def _solve(gram: Tensor, rhs: Tensor, start: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))
     step = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
     found = (old + step).float()
-    good = (failed == 0) & torch.isfinite(found).all(1) & (found.abs().amax(1) < LARGEST_SCALE)
+    good = (failed == 0) & torch.isfinite(found).all(1)
     return torch.where(good[:, None], found, start)
 
 
@@ -202,8 +200,8 @@ def _move_codes(W: Tensor, rounded: Rounded, C: Tensor) -> Rounded:
     slices = grid.slices(columns)
     group_of = [k for k, group in enumerate(slices) for _ in range(group.start, group.stop)]
     scales = rounded.scales.float().T.contiguous()
-    minima = torch.zeros_like(scales) if rounded.minima is None else rounded.minima.float().T.contiguous()
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    centres = torch.zeros_like(scales) if rounded.centres is None else rounded.centres.float().T.contiguous()
+    upturned = inverse(scales)
     diagonal = C.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
@@ -212,9 +210,9 @@ def _move_codes(W: Tensor, rounded: Rounded, C: Tensor) -> Rounded:
         for k in range(last - first):
             j, group = first + k, group_of[first + k]
             ideal = torch.addcdiv(Q[j], local[k], diagonal[j])
-            code = grid.nearest(ideal.sub_(minima[group]).mul_(inverse[group]))
+            code = grid.nearest(ideal.sub_(centres[group]).mul_(upturned[group]))
             codes[j] = code.to(torch.uint8)
-            value = torch.addcmul(minima[group], grid.levels(code), scales[group])
+            value = torch.addcmul(centres[group], grid.levels(code), scales[group])
             torch.sub(value, Q[j], out=moved[k])
             local[k + 1 :].addr_(C[j, j + 1 : last], moved[k], alpha=-1)
         slope[:, last:].addmm_(moved.T, C[first:last, last:], alpha=-1)

@@ -65,7 +65,7 @@ def fit_hybrid(
         rounds: of rounding the matrix anew with the cut subtracted.
 
     Raises:
-        ValueError: bad weights, moments or bonds, or an entry beyond float16 scales.
+        ValueError: bad weights, moments or bonds, or an entry whose square is not finite.
 
     >>> W, C = torch.randn(12, 16), torch.eye(16)
     >>> plain = gptq(W, Grid(2, 8), C)

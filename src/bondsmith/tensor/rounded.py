@@ -59,7 +59,7 @@ def round_network(
         damping: of the moments in those fits.
 
     Raises:
-        ValueError: a gauge on a network of other shape, or an entry beyond float16 scales.
+        ValueError: a gauge on a network of other shape, or an entry whose square is not finite.
 
     >>> mpo = MPO((torch.randn(1, 8, 1, 3), torch.randn(3, 1, 6, 1)))
     >>> rounded = round_network(mpo.to_matrix(), mpo, Grid(8, 0))

@@ -1,12 +1,14 @@
-"""Rounding to few bits: grids of integers with a scale (and a minimum) per group.
+"""Rounding to few bits: grids of integers with a scale (and a centre) per group.
 
 Legend: `W` a `(O, I)` matrix, `g` columns that share a scale, `G` groups of a row, `q` integer codes. A weight is
-`scale * level(q)`, plus a minimum where the grid is asymmetric. Symmetric levels of up to four bits are `q - (2^b - 1) / 2`:
-as many below zero as above, none on it, which is the better half of a bit at two bits. Eight bits have `q - 128`.
+`scale * level(q)`, plus a centre where the grid is asymmetric: what its middle code `2^(b - 1)`, of level zero, stands for. Symmetric
+levels of up to four bits are `q - (2^b - 1) / 2`: as many below zero as above, none on it, which is the better half of a bit at two
+bits. Eight bits have `q - 128`. Scales and centres are bfloat16, in which torch's kernels multiply by them as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,8 +21,8 @@ from bondsmith.tensor.packing import pack, row_bytes, unpack
 
 BITS = (2, 3, 4, 8)
 CODEBOOKS = ("uniform", "nf4")
-LARGEST_SCALE = 65504.0  # of float16
-SMALLEST_SCALE = 2.0**-22  # four times the smallest float16
+SCALE_DTYPE = torch.bfloat16  # of scales and centres
+_LARGEST = 1e18  # the square of a larger entry leaves float32 in a sum
 # The normal-float levels of QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (
     -1.0,
@@ -49,7 +51,7 @@ _REFITS = 3
 class Grid:
     """How a matrix is rounded: `bits` a weight, one scale per `group` columns of a row (0: per row).
 
-    A symmetric grid has a scale per group, an asymmetric one a scale and a minimum as well, both float16.
+    A symmetric grid has a scale per group, an asymmetric one a scale and a centre as well, both bfloat16.
 
     >>> Grid(4, 64, symmetric=False).packed_bytes(576, 1536), Grid(4, 64, symmetric=False).bits_per_weight(1536)
     (497664, 4.5)
@@ -88,20 +90,19 @@ class Grid:
         return [slice(first, min(first + step, columns)) for first in range(0, columns, step)]
 
     def packed_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the packed integers, rows padded to whole bytes, and of scales and minima."""
+        """Bytes of the packed integers, rows padded to whole bytes, and of scales and centres."""
         codes = rows * row_bytes(columns, self.bits)
         return codes + rows * self.groups(columns) * (2 if self.symmetric else 4)
 
     def bits_per_weight(self, columns: int) -> float:
-        """Bits of a weight in a row of `columns`, scales and minima included."""
+        """Bits of a weight in a row of `columns`, scales and centres included."""
         return 8 * self.packed_bytes(1, columns) / columns
 
     @property
     def offset(self) -> float:
-        """The code, or the middle between two, that stands for zero times the scale; 0 in an asymmetric grid."""
-        if not self.symmetric:
-            return 0.0
-        return 128.0 if self.bits == 8 else (2**self.bits - 1) / 2
+        """The code, or the middle between two, that stands for zero times the scale."""
+        odd = not self.symmetric or self.bits == 8
+        return float(2 ** (self.bits - 1)) if odd else (2**self.bits - 1) / 2
 
     @property
     def top(self) -> float:
@@ -109,14 +110,13 @@ class Grid:
         return 1.0 if self.codebook == "nf4" else 2**self.bits - 1 - self.offset
 
     def levels(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The level of every code, before scale and minimum."""
+        """The level of every code, before scale and centre."""
         if self.codebook == "nf4":
             return torch.tensor(NF4, dtype=dtype, device=codes.device)[codes.int()]
-        levels = codes.to(dtype)
-        return levels - self.offset if self.symmetric else levels
+        return codes.to(dtype) - self.offset
 
     def nearest(self, ratio: Tensor) -> Tensor:
-        """The codes, as floating point numbers, of the levels nearest to `(W - minimum) / scale`."""
+        """The codes, as floating point numbers, of the levels nearest to `(W - centre) / scale`."""
         if self.codebook == "nf4":
             table = torch.tensor(NF4, dtype=ratio.dtype, device=ratio.device)
             return torch.bucketize(ratio, (table[1:] + table[:-1]) / 2).to(ratio.dtype)
@@ -134,12 +134,12 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """A rounded matrix: uint8 `codes` `(O, I)`, float16 `scales` `(O, G)`, and `minima` of an asymmetric grid."""
+    """A rounded matrix: uint8 `codes` `(O, I)`, bfloat16 `scales` `(O, G)`, and `centres` of an asymmetric grid."""
 
     grid: Grid
     codes: Tensor
     scales: Tensor
-    minima: Tensor | None = None
+    centres: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -148,21 +148,21 @@ class Rounded:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The `(O, I)` matrix; exactly what a packed layer multiplies by in this dtype."""
-        return scaled(self.grid, self.grid.levels(self.codes), self.scales, self.minima).to(dtype)
+        return scaled(self.grid, self.grid.levels(self.codes), self.scales, self.centres).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a weight file holds of it, by the names that the packed modules give."""
-        minima = {} if self.minima is None else {"minima": self.minima}
-        return {"codes": self.pack(), "scales": self.scales} | minima
+        centres = {} if self.centres is None else {"centres": self.centres}
+        return {"codes": self.pack(), "scales": self.scales} | centres
 
     def pack(self) -> Tensor:
         """The codes as packed bytes, `(O, bytes)`."""
         return pack(self.codes, self.grid.bits)
 
     @classmethod
-    def unpack(cls, grid: Grid, columns: int, packed: Tensor, scales: Tensor, minima: Tensor | None = None) -> Rounded:
-        """The matrix of packed bytes, scales and minima."""
-        return cls(grid, unpack(packed, grid.bits, columns), scales, minima)
+    def unpack(cls, grid: Grid, columns: int, packed: Tensor, scales: Tensor, centres: Tensor | None = None) -> Rounded:
+        """The matrix of packed bytes, scales and centres."""
+        return cls(grid, unpack(packed, grid.bits, columns), scales, centres)
 
     @property
     def bytes(self) -> int:
@@ -178,8 +178,7 @@ def packed_levels(grid: Grid, packed: Tensor, columns: int) -> Tensor:
     tensor([[-3.5000,  3.5000, -0.5000,  0.5000, -2.5000]])
     """
     if grid.bits == 8:
-        levels = packed.view(torch.int8).to(torch.float32)
-        return levels if grid.symmetric else levels + 128
+        return packed.view(torch.int8).to(torch.float32)
     if grid.bits == 3:
         a, b, c = F.pad(packed, (0, -packed.shape[1] % 3)).int().view(len(packed), -1, 3).unbind(-1)
         packed = torch.stack((a | (b & 15) << 8, b >> 4 | c << 4), -1)
@@ -201,17 +200,17 @@ def _level_table(bits: int, symmetric: bool, codebook: str, device: torch.device
     return levels.contiguous().view(torch.int64 if bits == 4 else torch.complex128).flatten().to(device)
 
 
-def scaled(grid: Grid, levels: Tensor, scales: Tensor, minima: Tensor | None) -> Tensor:
-    """`scale * level + minimum`, `(O, I)`, from float32 levels, in float32; differentiable in scales and minima."""
+def scaled(grid: Grid, levels: Tensor, scales: Tensor, centres: Tensor | None) -> Tensor:
+    """`scale * level + centre`, `(O, I)`, from float32 levels, in float32; differentiable in scales and centres."""
     rows, columns = levels.shape
     group = grid.group or columns
-    scales, minima = scales.float(), None if minima is None else minima.float()
+    scales, centres = scales.float(), None if centres is None else centres.float()
     if columns % group == 0:
         matrix = levels.view(rows, -1, group) * scales[:, :, None]
-        return (matrix if minima is None else matrix + minima[:, :, None]).view(rows, columns)
+        return (matrix if centres is None else matrix + centres[:, :, None]).view(rows, columns)
     index = torch.arange(columns, device=levels.device) // group
     matrix = levels * scales[:, index]
-    return matrix if minima is None else matrix + minima[:, index]
+    return matrix if centres is None else matrix + centres[:, index]
 
 
 @torch.no_grad()
@@ -224,44 +223,58 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, moment: Tensor | None = None
         search: False takes the scale from the largest entry of each group, as plain rounding does.
 
     Raises:
-        ValueError: an entry is not finite, or all are so large or so small that their scales are no float16 numbers.
+        ValueError: an entry is not finite, or its square is not.
 
     >>> rounded = round_to_nearest(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), Grid(2, 4, symmetric=False))
     >>> rounded.codes.tolist(), rounded.dequantize().tolist()
     ([[0, 1, 2, 3]], [[0.0, 1.0, 2.0, 3.0]])
     """
-    check_matrix(weight)
-    check_not_tiny(weight, grid)
+    check_weight(weight)
     W = weight.to(torch.float32)
-    codes, scales, minima = torch.empty(W.shape, dtype=torch.uint8, device=W.device), [], []
+    codes, scales, centres = torch.empty(W.shape, dtype=torch.uint8, device=W.device), [], []
     for columns in grid.slices(W.shape[1]):
         part = W[:, columns]
-        scale, minimum = find_scale(part, grid, None if moment is None else moment[columns], search)
-        codes[:, columns] = encode(part, grid, scale, minimum).to(torch.uint8)
+        scale, centre = find_scale(part, grid, None if moment is None else moment[columns], search)
+        codes[:, columns] = encode(part, grid, scale, centre).to(torch.uint8)
         scales.append(scale)
-        minima.append(minimum)
-    return Rounded(
-        grid, codes, as_half(torch.stack(scales, 1)), None if grid.symmetric else as_half(torch.stack(minima, 1))
-    )
+        centres.append(centre)
+    return Rounded(grid, codes, as_stored(scales), None if grid.symmetric else as_stored(centres))
 
 
-def encode(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor) -> Tensor:
-    """The codes, as floating point numbers, of `(O, g)` columns with `(O,)` scales and minima."""
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)[:, None]
-    return grid.nearest((part if grid.symmetric else part - minimum[:, None]) * inverse)
+def check_weight(weight: Tensor) -> None:
+    """Nothing, or ValueError if `weight` is no finite matrix, or an entry so large that its square is not finite."""
+    check_matrix(weight)
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if largest > _LARGEST:
+        raise ValueError(f"an entry of {largest:.4g} cannot be rounded (at most {_LARGEST:g}); keep this matrix unrounded")
+
+
+def encode(part: Tensor, grid: Grid, scale: Tensor, centre: Tensor) -> Tensor:
+    """The codes, as floating point numbers, of `(O, g)` columns with `(O,)` scales and centres."""
+    return grid.nearest((part if grid.symmetric else part - centre[:, None]) * inverse(scale)[:, None])
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """`1 / scale`, and zero where that is not finite: every code of such a group is the middle one."""
+    found = 1 / scale
+    return torch.where(torch.isfinite(found), found, 0.0)
+
+
+def as_stored(groups: Sequence[Tensor]) -> Tensor:
+    """Scales or centres `(O,)` of every group as they are stored, `(O, G)`."""
+    return torch.stack(tuple(groups), 1).to(SCALE_DTYPE)
 
 
 def find_scale(part: Tensor, grid: Grid, weights: Tensor | None = None, search: bool = True) -> tuple[Tensor, Tensor]:
-    """Scale and minimum `(O,)` of one group `(O, g)`, float32 numbers that are float16 numbers.
+    """Scale and centre `(O,)` of one group `(O, g)`, float32 numbers that are bfloat16 numbers.
 
     A search tries shares of the full range, then least squares on the codes found and rounding in turn. `weights` `(g,)`
     count the squared error of each column.
     """
     low, high = (-part.abs().amax(1), part.abs().amax(1)) if grid.symmetric else (part.amin(1), part.amax(1))
-    check_scale(high if grid.symmetric else torch.maximum(high, -low))
     w = torch.ones_like(part[0]) if weights is None else weights.to(part.dtype).clamp_min(0)
     w = w / w.mean().clamp_min(1e-30) + 1e-6  # columns that are never read still get a sensible scale
-    best = _halves(*_range(low, high, grid))
+    best = _stored(*_range(low, high, grid))
     if not search:
         return best
     error = _error(part, grid, *best, w)
@@ -274,50 +287,26 @@ def find_scale(part: Tensor, grid: Grid, weights: Tensor | None = None, search: 
     return best
 
 
-def as_half(values: Tensor) -> Tensor:
-    """The values as float16; ValueError if one is too large for it."""
-    check_scale(values.abs())
-    return values.to(torch.float16)
-
-
-def check_scale(largest: Tensor) -> None:
-    """Nothing, or ValueError if a weight of this size has no float16 scale."""
-    if largest.numel() and float(largest.max()) > LARGEST_SCALE:
-        raise ValueError(
-            f"an entry or scale of {float(largest.max()):.4g} is beyond float16 (65504), in which scales are stored; "
-            "keep this matrix unrounded"
-        )
-
-
-def check_not_tiny(weight: Tensor, grid: Grid) -> None:
-    """Nothing, or ValueError if all entries are so small that float16 has no scale for them; zeros alone are well."""
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
-    if 0 < largest < SMALLEST_SCALE * grid.top:
-        raise ValueError(
-            f"the largest entry is {largest:.4g}: its {grid.bits}-bit scale would be lost in float16 (spacing 6e-8), in which "
-            "scales are stored; keep this matrix unrounded"
-        )
-
-
 def _range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     if grid.symmetric:
         return high / grid.top, torch.zeros_like(high)
-    return (high - low) / (2**grid.bits - 1), low
+    scale = (high - low) / (2**grid.bits - 1)
+    return scale, low + grid.offset * scale
 
 
-def _halves(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
-    return scale.half().float(), minimum.half().float()
+def _stored(scale: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    return scale.to(SCALE_DTYPE).float(), centre.to(SCALE_DTYPE).float()
 
 
-def _decoded(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
-    codes = encode(part, grid, scale, minimum)
+def _decoded(part: Tensor, grid: Grid, scale: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    codes = encode(part, grid, scale, centre)
     levels = grid.levels(codes, part.dtype)
     matrix = levels * scale[:, None]
-    return levels, matrix if grid.symmetric else matrix + minimum[:, None]
+    return levels, matrix if grid.symmetric else matrix + centre[:, None]
 
 
-def _error(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor, w: Tensor) -> Tensor:
-    return (_decoded(part, grid, scale, minimum)[1] - part).square() @ w
+def _error(part: Tensor, grid: Grid, scale: Tensor, centre: Tensor, w: Tensor) -> Tensor:
+    return (_decoded(part, grid, scale, centre)[1] - part).square() @ w
 
 
 def _better(
@@ -329,21 +318,21 @@ def _better(
     trial: tuple[Tensor, Tensor],
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """The better of two scales, row by row, and its error."""
-    scale, minimum = _halves(*trial)
-    found = _error(part, grid, scale, minimum, w)
+    scale, centre = _stored(*trial)
+    found = _error(part, grid, scale, centre, w)
     better = found < error
-    best = torch.where(better, scale, best[0]), torch.where(better, minimum, best[1])
+    best = torch.where(better, scale, best[0]), torch.where(better, centre, best[1])
     return best, torch.where(better, found, error)
 
 
-def _least_squares(part: Tensor, grid: Grid, scale: Tensor, minimum: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and minimum that fit best to the codes which the given ones lead to."""
-    levels, _ = _decoded(part, grid, scale, minimum)
+def _least_squares(part: Tensor, grid: Grid, scale: Tensor, centre: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and centre that fit best to the codes which the given ones lead to."""
+    levels, _ = _decoded(part, grid, scale, centre)
     qq, qw = levels.square() @ w, (levels * part) @ w
     if grid.symmetric:
-        return torch.where(qq > 0, qw / qq.clamp_min(1e-30), scale), minimum
+        return torch.where(qq > 0, qw / qq.clamp_min(1e-30), scale), centre
     total, q, v = w.sum(), levels @ w, part @ w
     determinant = total * qq - q.square()
     fits = determinant > 1e-6 * total * qq
     slope = torch.where(fits, (total * qw - q * v) / determinant.clamp_min(1e-30), scale)
-    return slope, torch.where(fits, (v - slope * q) / total, minimum)
+    return slope, torch.where(fits, (v - slope * q) / total, centre)
