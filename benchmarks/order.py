@@ -2,7 +2,7 @@
 
     python benchmarks/order.py MODEL --text FILE ... [--keep 0.5 --bits 3 --tokens 300000 --work DIR]
 
-One model is compressed once. Then: it is rounded, or rounded and healed (scales, minima and norms over frozen integers), or healed and
+One model is compressed once. Then: it is rounded, or rounded and healed (scales, centres and norms over frozen integers), or healed and
 rounded, or healed with the rounding simulated and rounded, or healed by half of the tokens before and half after. All see the same
 text, and are judged on the same held-out windows of the same texts.
 """

@@ -83,6 +83,20 @@ def test_the_frontier_of_a_model_carries_points_out(
         carry_out(home, ["loss=1"])
 
 
+def test_a_compression_is_judged_on_more_texts_than_its_profile_has(
+    original: Path, profiled: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / ("other" + "".join(text.suffixes))
+    shutil.copy(text, other)
+    before = (profiled / "work" / "windows.safetensors").read_bytes()
+    done = bondsmith.compress(
+        original, tmp_path / "small", profile=str(profiled), keep=0.5, uniform=True, evaluation=[str(other)]
+    )
+    assert [row["text"] for row in done.results["quality"]] == [text.name, other.name]
+    assert "is not used" not in caplog.text
+    assert (profiled / "work" / "windows.safetensors").read_bytes() == before
+
+
 def test_a_measured_model_scales_what_the_frontier_expects(original: Path, profiled: Path, tmp_path: Path) -> None:
     done = bondsmith.compress(original, tmp_path / "small", profile=str(profiled), keep=0.5)
     plan = Plan.load(done.path / "plan.json")

@@ -249,14 +249,17 @@ class _Compression(Run):
 
 
 def _with_profile(recipe: Recipe) -> Recipe:
-    """Returns the recipe with the settings that its profile was made with; what was asked otherwise is told."""
+    """Returns the recipe with the settings that its profile was made with; what was asked otherwise is told.
+
+    Texts to evaluate on are added to those of the profile.
+    """
     plain = Recipe(keep=1.0)
     changed = recipe.changed(**shared_settings(Path(str(recipe.profile)).expanduser()))
     for name in SHARED:
         asked, has = getattr(recipe, name), getattr(changed, name)
-        if asked not in (has, getattr(plain, name)):
+        if name != "evaluation" and asked not in (has, getattr(plain, name)):
             log.warning("%s: the profile %s has %s; %s is not used", name, recipe.profile, has, asked)
-    return changed
+    return changed.changed(evaluation=tuple(dict.fromkeys((*changed.evaluation, *recipe.evaluation))))
 
 
 def _of_the_original(recipe: Recipe, before: Path) -> Recipe:

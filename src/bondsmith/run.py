@@ -252,21 +252,44 @@ class Run:
 
     def windows(self, source: Source, tokenizer: Any, evaluate: bool) -> tuple[list[Windows], list[Windows]]:
         """Returns calibration and held-out windows; made once, then read from `work/windows.safetensors`."""
-        file, notes = self.work / "windows.safetensors", self.work / "windows.json"
-        if not notes.is_file():
-            calibration, held_out = self.make_windows(source, tokenizer, evaluate)
-            write_shard(file, {f"{i}": w.ids for i, w in enumerate([*calibration, *held_out])})
-            rows = [[kind, w.spec, w.documents] for kind, ws in (("c", calibration), ("h", held_out)) for w in ws]
-            write_json(notes, rows)
-        ids = load_file(file)
-        rows = json.loads(notes.read_text())
+        if not (self.work / "windows.json").is_file():
+            self._write_windows(*self.make_windows(source, tokenizer, evaluate))
+        calibration, held_out = self._read_windows()
+        known = {w.spec for w in held_out}
+        if more := [s for s in self._apart() if s not in known] if evaluate else []:  # than the profile has
+            held_out += self._read_apart(source, tokenizer, more)
+            self._write_windows(calibration, held_out)
+        return calibration, held_out
+
+    def _write_windows(self, calibration: list[Windows], held_out: list[Windows]) -> None:
+        windows = [*calibration, *held_out]
+        write_shard(self.work / "windows.safetensors", {f"{i}": w.ids for i, w in enumerate(windows)})
+        kinds = ["c"] * len(calibration) + ["h"] * len(held_out)
+        rows = [[kind, w.spec, w.documents] for kind, w in zip(kinds, windows, strict=True)]
+        write_json(self.work / "windows.json", rows)
+
+    def _read_windows(self) -> tuple[list[Windows], list[Windows]]:
+        ids = load_file(self.work / "windows.safetensors")
+        rows = json.loads((self.work / "windows.json").read_text())
         found = [(kind, Windows(spec, ids[f"{i}"], documents)) for i, (kind, spec, documents) in enumerate(rows)]
         return [w for kind, w in found if kind == "c"], [w for kind, w in found if kind == "h"]
+
+    def _apart(self) -> list[str]:
+        """Returns the SPECs that are evaluated on and not calibrated on."""
+        texts = {s for s in self.recipe.calibration if self.recipe.needs_moments}
+        return [s for s in self.recipe.evaluation if s not in texts and s != SELF]
+
+    def _read_apart(self, source: Source, tokenizer: Any, specs: list[str]) -> list[Windows]:
+        r, window = self.recipe, self._window(source)
+        return [read_windows(spec, tokenizer, count=r.evaluation_windows, window=window, seed=r.seed) for spec in specs]
+
+    def _window(self, source: Source) -> int:
+        return min(self.recipe.window, int(getattr(source.config, "max_position_embeddings", self.recipe.window)))
 
     def make_windows(self, source: Source, tokenizer: Any, evaluate: bool) -> tuple[list[Windows], list[Windows]]:
         """Reads or samples the windows of all SPECs."""
         r = self.recipe
-        window = min(r.window, int(getattr(source.config, "max_position_embeddings", r.window)))
+        window = self._window(source)
         held = r.evaluation_windows if evaluate else 0
         specs = tuple(dict.fromkeys(r.calibration)) if r.needs_moments else ()
         texts = [s for s in specs if s != SELF]
@@ -274,10 +297,8 @@ class Run:
         calibration, held_out = split_windows(
             texts, tokenizer, tokens=tokens, held_out=held, window=window, seed=r.seed
         )
-        own_evaluation = [s for s in r.evaluation if s not in texts and s != SELF]
         if held:
-            for spec in own_evaluation:
-                held_out.append(read_windows(spec, tokenizer, count=held, window=window, seed=r.seed))
+            held_out += self._read_apart(source, tokenizer, self._apart())
         own = -(-(r.tokens - tokens) // window) if SELF in specs else 0
         extra = held if SELF in (*specs, *r.evaluation) or (held and not held_out) else 0
         if own or extra:

@@ -181,3 +181,10 @@ def test_lora_trains_on_the_cores(compressed: Path) -> None:
 def test_a_newer_format_is_refused() -> None:
     with pytest.raises(ValueError, match="upgrade bondsmith"):
         BondsmithConfig({}, format=99)
+
+
+def test_packed_matrices_of_an_older_format_are_refused() -> None:
+    packed = {"model.layers.0.mlp.up_proj": {"bits": 4, "group": 64, "symmetric": False, "codebook": "uniform"}}
+    with pytest.raises(ValueError, match=r"format 2, whose scales were float16.*compress the model again"):
+        BondsmithConfig({}, packed=packed, format=2)
+    assert BondsmithConfig({}, format=2).format == 2

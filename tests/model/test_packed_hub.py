@@ -110,7 +110,7 @@ def test_our_files_load_and_stream_bit_identical(written: Path) -> None:
     expected = torch.load(written.parent / "logits.pt")
     model = bondsmith.load(written)
     assert torch.equal(logits(model), expected)
-    assert json.loads((written / "config.json").read_text())["quantization_config"]["format"] == 2
+    assert json.loads((written / "config.json").read_text())["quantization_config"]["format"] == 3
     streamed = Streamed(open_compressed(written), torch.device("cpu"))
     with torch.no_grad():
         hidden = streamed.runner.enter(IDS)

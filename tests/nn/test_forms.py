@@ -9,7 +9,7 @@ from torch import nn
 from bondsmith.nn.free import free, free_all, pivot_all, pivoted
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
-from bondsmith.nn.packed import PackedEmbedding, PackedLinear, stored_scales, saved_state, train_scales
+from bondsmith.nn.packed import PackedEmbedding, PackedLinear, saved_state, stored_scales, train_scales
 from bondsmith.nn.simulated import SimulatedLinear, simulate_rounding
 from bondsmith.tensor import Sites
 from bondsmith.tensor.rounding import Grid, round_to_nearest

@@ -84,7 +84,7 @@ def test_reported_errors_are_those_of_the_files(original: Path, text: Path, tmp_
         assert isinstance(layer, MPOLinear)
         assert row["error"] == pytest.approx(float((layer.to_matrix() - W).norm() / W.norm()), rel=1e-4)
         assert row["bytes"] == sum(b.nbytes for b in layer.state_dict().values())
-        assert row["grid"] == "int4-g16-min"
+        assert row["grid"] == "int4-g16-asym"
 
 
 def test_later_blocks_see_the_rounded_embedding(original: Path, text: Path, tmp_path: Path) -> None:
@@ -194,12 +194,12 @@ def test_inspect_shows_bits(original: Path, text: Path, tmp_path: Path) -> None:
     done.load().save_pretrained(tmp_path / "user")
     for directory in (done.path, tmp_path / "user"):
         rows, metric = read_networks(directory)
-        assert {r["grid"] for r in rows} == {"int4-g16-min"}
+        assert {r["grid"] for r in rows} == {"int4-g16-asym"}
         assert sum(r["bytes"] for r in rows) == sum(r["bytes"] for r in done.results["networks"])
         console = Console(width=200)
         with console.capture() as capture:
             console.print(*network_table(rows, metric))
-        assert "int4-g16-min" in capture.get()
+        assert "int4-g16-asym" in capture.get()
 
 
 def hybrid_plan(original: Path, text: Path, tmp_path: Path) -> Path:
@@ -245,7 +245,7 @@ def test_hybrids_are_written_loaded_inspected_and_undone(
         for name, module in model.named_modules():
             if isinstance(module, HybridLinear | PackedLinear) and name in by_name:
                 assert by_name[name]["bytes"] == sum(t.nbytes for t in module.state_dict().values())
-        assert {r["grid"] for r in rows} == {"int4-g16-min", "int3-g16-min + int4-g16-min", "int3-g16-min"}
+        assert {r["grid"] for r in rows} == {"int4-g16-asym", "int3-g16-asym + int4-g16-asym", "int3-g16-asym"}
     plain = again.dequantize()
     assert not any(isinstance(m, HybridLinear | PackedMatrix) for m in plain.modules())
     assert torch.allclose(logits(plain), logits(model), atol=1e-3 * float(logits(model).abs().max()))

@@ -168,7 +168,7 @@ def test_bad_input_is_named() -> None:
             ),
             Grid(4),
         )
-    with pytest.raises(ValueError, match="an entry of .* cannot be rounded"):
+    with pytest.raises(ValueError, match=r"an entry of .* cannot be rounded"):
         round_to_nearest(W * 1e20, Grid(4))
     with pytest.raises(ValueError, match=r"the weight needs \(16, 16\)"):
         gptq(W, Grid(4), torch.eye(8))

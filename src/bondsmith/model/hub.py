@@ -32,7 +32,9 @@ from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
 
 METHOD = OURS
-FORMAT = 2  # 2 brought packed modules and checksums; 1 still loads
+FORMAT = (
+    3  # 2 brought packed modules and checksums, 3 their scales and centres in bfloat16; without packed modules all load
+)
 
 
 @register_quantization_config(METHOD)
@@ -64,6 +66,11 @@ class BondsmithConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"this model was written in bondsmith format {self.format}, this bondsmith reads up to {FORMAT}: "
                 "pip install --upgrade bondsmith"
+            )
+        if self.packed and self.format < FORMAT:
+            raise ValueError(
+                f"this model was written in bondsmith format {self.format}, whose scales were float16; this bondsmith reads packed "
+                f"matrices of format {FORMAT}: compress the model again"
             )
         written = kwargs.pop("checksum", None)
         if written not in (None, self.checksum):

@@ -93,7 +93,7 @@ class MatrixPlan:
 
     @property
     def rounding(self) -> str | None:
-        """How the numbers are rounded, for people: `int4-g64-min`, of a hybrid `int2-g64-min + int4-g64`; None where they are not."""
+        """How the numbers are rounded, for people: `int4-g64-asym`, of a hybrid `int2-g64-asym + int4-g64`; None where they are not."""
         return " + ".join(str(g) for g in (self.base, self.grid) if g is not None) or None
 
     def stored_shapes(self) -> list[tuple[int, int]]:

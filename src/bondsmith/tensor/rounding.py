@@ -129,7 +129,7 @@ class Grid:
     def __str__(self) -> str:
         kind = self.codebook if self.codebook != "uniform" else f"int{self.bits}"
         group = f"g{self.group}" if self.group else "row"
-        return f"{kind}-{group}{'' if self.symmetric else '-min'}"
+        return f"{kind}-{group}{'' if self.symmetric else '-asym'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +246,9 @@ def check_weight(weight: Tensor) -> None:
     check_matrix(weight)
     largest = float(weight.abs().max()) if weight.numel() else 0.0
     if largest > _LARGEST:
-        raise ValueError(f"an entry of {largest:.4g} cannot be rounded (at most {_LARGEST:g}); keep this matrix unrounded")
+        raise ValueError(
+            f"an entry of {largest:.4g} cannot be rounded (at most {_LARGEST:g}); keep this matrix unrounded"
+        )
 
 
 def encode(part: Tensor, grid: Grid, scale: Tensor, centre: Tensor) -> Tensor:
