@@ -44,7 +44,9 @@ def test_a_profile_holds_curves_of_every_matrix_and_a_page(profiled: Path) -> No
         assert matrix.left[0] == 1.0
         assert list(matrix.left) == sorted(matrix.left, reverse=True)
     assert [b.reader for b in profile.bonds] == [f"model.layers.{k}.mlp.down_proj" for k in range(3)]
-    assert "<svg" in (profiled / "profile.html").read_text()
+    page = (profiled / "profile.html").read_text()
+    assert "<svg" in page
+    assert f"bondsmith profile {profile.model}" in page
 
 
 def test_the_page_of_a_profile_and_its_plan_come_from_the_same_numbers(

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,6 +64,7 @@ def profile(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    command: str | None = None,
     progress: Progress = lambda stage, share: None,
     **settings: Any,
 ) -> Profiled:
@@ -75,6 +74,7 @@ def profile(
         model: a hub id, a directory, a `.gguf` file or a loaded model.
         resume: go on with what an interrupted run left in `out`.
         overwrite: replace what is in `out`.
+        command: what the page says that was called; this call by default.
         settings: those of a recipe that concern calibration: metric, calibration, tokens, window, seed.
 
     Raises:
@@ -86,7 +86,9 @@ def profile(
         check_spec(spec)
     check_apart(model, out)
     with _opened(out, resume, overwrite) as keep, logging_to(out / LOG):
-        run = Run(out, recipe, progress, shlex.join(sys.argv))
+        name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
+        call = ", ".join([repr(name), repr(str(out)), *(f"{key}={value!r}" for key, value in settings.items())])
+        run = Run(out, recipe, progress, command or f"bondsmith.profile({call})")
         with run.stage("open"):
             opened = run.open(model, text=True)
             run.settle_metric(opened)

@@ -85,6 +85,7 @@ def profile(
                 directory,
                 resume=resume,
                 overwrite=overwrite,
+                command=shlex.join(["bondsmith", *sys.argv[1:]]),
                 progress=show,
                 **given(wanted),
             )
@@ -186,7 +187,9 @@ def frontier(
         if (home / "profile.json").is_file():
             planner.check_profile_of(home, None if finished else model, **wanted)
         else:
-            planner.profile(model, home, resume=home.is_dir() and any(home.iterdir()), progress=show, **wanted)
+            begun = home.is_dir() and any(home.iterdir())
+            command = shlex.join(["bondsmith", *sys.argv[1:]])
+            planner.profile(model, home, resume=begun, command=command, progress=show, **wanted)
         names = [p.name for p in measured or ()]
         known = {p.name if names.count(p.name) == 1 else str(p): p for p in measured or ()}
         known |= pipeline.carry_out(home, carry or (), show)
