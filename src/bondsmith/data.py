@@ -26,7 +26,10 @@ from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from bondsmith.model.checkpoint import write_json, write_shard
 
 COLUMNS = ("text", "page", "messages")
 SELF = "self"
@@ -62,6 +65,22 @@ class Windows:
     def describe(self) -> dict[str, Any]:
         """Returns the row of `results.json`: spec, documents, tokens, sha256."""
         return {"spec": self.spec, "documents": self.documents, "tokens": self.ids.numel(), "sha256": self.sha256}
+
+
+def save_windows(folder: Path, calibration: Sequence[Windows], held_out: Sequence[Windows]) -> None:
+    """Writes `folder/windows.safetensors` with the token ids, then `folder/windows.json`, which says what they are."""
+    windows = [*calibration, *held_out]
+    write_shard(folder / "windows.safetensors", {f"{i}": w.ids for i, w in enumerate(windows)})
+    kinds = ["c"] * len(calibration) + ["h"] * len(held_out)
+    write_json(folder / "windows.json", [[kind, w.spec, w.documents] for kind, w in zip(kinds, windows, strict=True)])
+
+
+def saved_windows(folder: Path) -> tuple[list[Windows], list[Windows]]:
+    """Returns the calibration and held-out windows that `save_windows` wrote."""
+    ids = load_file(folder / "windows.safetensors")
+    rows = json.loads((folder / "windows.json").read_text())
+    found = [(kind, Windows(spec, ids[f"{i}"], documents)) for i, (kind, spec, documents) in enumerate(rows)]
+    return [w for kind, w in found if kind == "c"], [w for kind, w in found if kind == "h"]
 
 
 def fitted_sample(calibration: Sequence[Windows], count: int) -> list[Windows]:

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from bondsmith.data import SELF, Windows, read_windows, sample_windows, split_windows
+from bondsmith.data import SELF, Windows, read_windows, sample_windows, save_windows, saved_windows, split_windows
 from bondsmith.limits import check_memory, device_of, settled_metric
 from bondsmith.model.blocks import BlockRunner, fused_experts, weight
-from bondsmith.model.checkpoint import open_model, write_json, write_shard
+from bondsmith.model.checkpoint import open_model, write_json
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
@@ -253,26 +252,13 @@ class Run:
     def windows(self, source: Source, tokenizer: Any, evaluate: bool) -> tuple[list[Windows], list[Windows]]:
         """Returns calibration and held-out windows; made once, then read from `work/windows.safetensors`."""
         if not (self.work / "windows.json").is_file():
-            self._write_windows(*self.make_windows(source, tokenizer, evaluate))
-        calibration, held_out = self._read_windows()
+            save_windows(self.work, *self.make_windows(source, tokenizer, evaluate))
+        calibration, held_out = saved_windows(self.work)
         known = {w.spec for w in held_out}
         if more := [s for s in self._apart() if s not in known] if evaluate else []:  # than the profile has
             held_out += self._read_apart(source, tokenizer, more)
-            self._write_windows(calibration, held_out)
+            save_windows(self.work, calibration, held_out)
         return calibration, held_out
-
-    def _write_windows(self, calibration: list[Windows], held_out: list[Windows]) -> None:
-        windows = [*calibration, *held_out]
-        write_shard(self.work / "windows.safetensors", {f"{i}": w.ids for i, w in enumerate(windows)})
-        kinds = ["c"] * len(calibration) + ["h"] * len(held_out)
-        rows = [[kind, w.spec, w.documents] for kind, w in zip(kinds, windows, strict=True)]
-        write_json(self.work / "windows.json", rows)
-
-    def _read_windows(self) -> tuple[list[Windows], list[Windows]]:
-        ids = load_file(self.work / "windows.safetensors")
-        rows = json.loads((self.work / "windows.json").read_text())
-        found = [(kind, Windows(spec, ids[f"{i}"], documents)) for i, (kind, spec, documents) in enumerate(rows)]
-        return [w for kind, w in found if kind == "c"], [w for kind, w in found if kind == "h"]
 
     def _apart(self) -> list[str]:
         """Returns the SPECs that are evaluated on and not calibrated on."""
