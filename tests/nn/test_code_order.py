@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from bondsmith.nn import code_order, cuda_int4, kernels
 from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, widen
+from bondsmith.nn.pairs import pairs
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 
@@ -178,6 +179,18 @@ class TestCodesInTheOrderOfTheKernel:
             packed(torch.randn(1, columns, dtype=torch.bfloat16))
         assert code_order.order(packed.codes) == "cpu"
         return packed, W
+
+    def test_scales_and_centres_are_read_as_they_lie(self) -> None:
+        packed, W = self.used()
+        assert pairs(packed.scales, packed.centres, 128).data_ptr() == packed.scales.data_ptr()
+        for other in (copy.deepcopy(packed), packed.to(torch.float32)):
+            both = pairs(other.scales, other.centres, 128)
+            assert both.data_ptr() == other.scales.data_ptr()
+            assert torch.equal(both, torch.stack((other.scales.T, other.centres.T), -1))
+        apart = pairs(packed.scales.clone(), packed.centres, 128)
+        assert apart.data_ptr() != packed.scales.data_ptr()
+        assert torch.equal(apart, both)
+        assert torch.equal(packed.to_matrix(), W)
 
     def test_a_buffer_that_is_put_back_by_hand(self) -> None:
         packed, W = self.used()
