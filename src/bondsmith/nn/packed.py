@@ -134,14 +134,14 @@ class PackedMatrix(nn.Module):
     def _multiply_flat(self, x: Tensor) -> Tensor:
         low = x.dtype == torch.bfloat16
         if x.device.type == "cpu":
+            if code_order.order(self.codes) == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
+                return self._multiply_int4(x.contiguous())
             few = low and x.shape[0] <= kernels.INT8_UP_TO
             if few and kernels.has_int8(self.grid, self.rows, self.columns):
                 if not kernels.is_aligned(self.codes):  # as read from a file
                     with torch.inference_mode(False):
                         self.codes = self.codes.clone()
                 return kernels.int8_matmul(x, self.codes, self.scales[:, 0].to(SCALE_DTYPE))
-            if code_order.order(self.codes) == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
-                return self._multiply_int4(x.contiguous())
         few = low and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
             self._bring_into("cuda")
@@ -159,7 +159,7 @@ class PackedMatrix(nn.Module):
         few = x.dtype == torch.bfloat16 and x.shape[0] <= kernels.INT4_UP_TO
         multiply = kernels.int4_matmul if few else kernels.int4_unpacked_matmul
         y = multiply(x, self.codes, self._kernel_grid, self.scales, self.centres)
-        return y[:, : self.rows]
+        return y if y.shape[1] == self.rows else y[:, : self.rows]
 
     def _bring_into(self, order: str) -> None:
         """Has codes, scales and centres as a kernel reads them; each is replaced at once, as others may be reading."""
