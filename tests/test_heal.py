@@ -85,7 +85,10 @@ def test_less_memory_or_half_precision_learn_the_same(home: Path, tmp_path: Path
     again = heal(home, tmp_path / "again", evaluate=False, checkpoint_activations=True)
     for a, b in zip(plain.healing["curve"], again.healing["curve"], strict=True):
         assert b["kl"] == pytest.approx(a["kl"], rel=1e-5)
-    half = heal(home, tmp_path / "half", evaluate=False, precision="bfloat16")
+    cache = {"cache": tmp_path / "cache"}
+    half = heal(home, tmp_path / "half", evaluate=False, precision="bfloat16", **cache)
+    heal(home, tmp_path / "whole", evaluate=False, precision="float32", **cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "the original is asked in the same precision"
     assert half.healing["curve"][-1]["kl"] < half.healing["curve"][0]["kl"]
 
 

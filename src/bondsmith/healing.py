@@ -310,12 +310,13 @@ class _Run:
         if original is None:
             return None
         windows = join([samples.train, samples.held])
+        how = (self.settings.top_k, apart, self.settings.halves(self.ranks.device))
         if self.settings.resident:
             model = load_whole(original, self.ranks.device)
-            return lambda index: ask(model, windows, index, self.settings.top_k, apart)
+            return lambda index: ask(model, windows, index, *how)
         digests = {str(f): self.digests[str(f)] for f in original.files}
         vocabulary = int(original.config.get_text_config().vocab_size)
-        cache = Cache.at(self.cache, windows, digests, self.settings.top_k, vocabulary, apart)
+        cache = Cache.at(self.cache, windows, digests, self.settings.top_k, vocabulary, *how[1:])
         missing = cache.missing
         self.ranks.wait()
         if missing:
@@ -323,7 +324,7 @@ class _Run:
             model = load_whole(original, self.ranks.device)
             for done, index in enumerate(missing):
                 if index % self.ranks.world == self.ranks.rank:
-                    cache.write(index, lambda places: ask(model, windows, places, self.settings.top_k, apart))
+                    cache.write(index, lambda places: ask(model, windows, places, *how))
                 self.progress("teacher", (done + 1) / len(missing))
             del model
             self.ranks.wait()

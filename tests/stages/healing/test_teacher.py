@@ -91,7 +91,7 @@ def test_a_cache_gives_back_what_the_original_says(tmp_path: Path) -> None:
     assert cache.bytes < (4 * 16 + 1) * data.tokens + 2000
 
 
-def test_another_original_text_or_k_has_another_place(tmp_path: Path) -> None:
+def test_another_original_text_k_or_precision_has_another_place(tmp_path: Path) -> None:
     data = windows()
     places = {
         Cache.at(tmp_path, d, files, k, VOCABULARY, apart).folder
@@ -103,7 +103,8 @@ def test_another_original_text_or_k_has_another_place(tmp_path: Path) -> None:
             (windows(20), {"a": "1"}, 16, True),
         )
     }
-    assert len(places) == 5
+    places.add(Cache.at(tmp_path, data, {"a": "1"}, 16, VOCABULARY, True, half=True).folder)
+    assert len(places) == 6
     assert Cache.at(tmp_path, data, {"elsewhere": "1"}, 16, VOCABULARY, True).folder in places
 
 

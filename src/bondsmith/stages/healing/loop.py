@@ -188,15 +188,9 @@ class Loop:
         if teacher is not None:
             teacher = TopK(teacher.words.to(device), teacher.logp.to(device))
         ids, counts = batch.ids.to(device), batch.counts.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
-            logits = logits_of(self.model, ids, batch.positions.to(device) if self.apart else None)
+        positions = batch.positions.to(device) if self.apart else None
+        logits = logits_of(self.model, ids, positions, self.settings.halves(device))
         return token_sums(logits, ids, counts, teacher)
-
-    @property
-    def _half(self) -> bool:
-        if self.settings.precision != "auto":
-            return self.settings.precision == "bfloat16"
-        return self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     @torch.no_grad()
     def _validate(self, loss: float | None) -> dict[str, float]:

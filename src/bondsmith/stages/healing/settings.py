@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bondsmith.stages.training import cosine
 from bondsmith.tensor.rounding import BITS
 
@@ -46,8 +48,8 @@ class HealSettings:
         patience: validations in a row without a gain that end the training, at half of the full rate or less; 0 for none.
         resident: ask the original while training, instead of its predictions on disk.
         checkpoint_activations: compute the blocks again in backward: less memory, a third more time.
-        precision: of the products; auto is bfloat16 where the accelerator has it, and float32 on a CPU, where several processes take
-            the steps of one to 1e-4. bfloat16 takes two thirds of the time on CPUs with AVX512_BF16 or AMX.
+        precision: of the products, the original's too; auto is bfloat16 where the accelerator has it, and float32 on a CPU, where
+            several processes take the steps of one to 1e-4. bfloat16 takes two thirds of the time on CPUs with AVX512_BF16 or AMX.
         device, seed: as in `bondsmith compress`.
     """
 
@@ -146,6 +148,12 @@ class HealSettings:
                 f"batch: {self.batch} windows a step cannot be dealt out evenly to {world} processes; "
                 f"give a multiple of {world}, e.g. --batch {world * -(-self.batch // world)}"
             )
+
+    def halves(self, device: torch.device) -> bool:
+        """True where matrices are multiplied in bfloat16: the student's and the original's."""
+        if self.precision != "auto":
+            return self.precision == "bfloat16"
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     @property
     def steps(self) -> int:

@@ -1,8 +1,9 @@
 """The original's predictions on the training windows: asked while it is in memory, or once and for all and then read from disk.
 
-The cache is a directory `teacher-<digest>`: the digest is that of the original's files, the windows and `K`, so a cache that is there is
-the right one. One file holds the counted tokens of some windows; each appears whole or not at all, so an interrupted run goes on. A
-token takes `K` half-precision log-probabilities and `K` word numbers of 16 bits (32 where the vocabulary needs them): at K = 64, 256 bytes.
+The cache is a directory `teacher-<digest>`: the digest is that of the original's files, the windows, `K` and the precision, so a cache
+that is there is the right one. One file holds the counted tokens of some windows; each appears whole or not at all, so an interrupted
+run goes on. A token takes `K` half-precision log-probabilities and `K` word numbers of 16 bits (32 where the vocabulary needs them): at
+K = 64, 256 bytes.
 """
 
 from __future__ import annotations
@@ -29,19 +30,20 @@ SHARD_WINDOWS = 16
 Predict = Callable[[Tensor], TopK]
 
 
-def logits_of(model: PreTrainedModel, ids: Tensor, positions: Tensor | None) -> Tensor:
-    """Returns the logits of windows, (windows, tokens, vocabulary)."""
+def logits_of(model: PreTrainedModel, ids: Tensor, positions: Tensor | None, half: bool = False) -> Tensor:
+    """Returns the logits of windows, (windows, tokens, vocabulary); `half`: products in bfloat16."""
     places = {} if positions is None else {"position_ids": positions}
-    out: Tensor = model(input_ids=ids, use_cache=False, **places).logits
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+        out: Tensor = model(input_ids=ids, use_cache=False, **places).logits
     return out
 
 
 @torch.no_grad()
-def ask(model: PreTrainedModel, windows: Windows, index: Tensor, k: int, apart: bool) -> TopK:
+def ask(model: PreTrainedModel, windows: Windows, index: Tensor, k: int, apart: bool, half: bool = False) -> TopK:
     """Returns the likeliest words at the counted tokens of the windows at `index`, from a model in memory."""
     batch = windows.take(index)
     positions = batch.positions.to(model.device) if apart else None
-    logits = logits_of(model, batch.ids.to(model.device), positions)
+    logits = logits_of(model, batch.ids.to(model.device), positions, half)
     return TopK.of(logits[:, :-1][batch.counts[:, 1:].to(model.device)], k)
 
 
@@ -55,7 +57,16 @@ class Cache:
     small: bool
 
     @classmethod
-    def at(cls, root: Path, windows: Windows, files: Mapping[str, str], k: int, vocabulary: int, apart: bool) -> Cache:
+    def at(
+        cls,
+        root: Path,
+        windows: Windows,
+        files: Mapping[str, str],
+        k: int,
+        vocabulary: int,
+        apart: bool,
+        half: bool = False,
+    ) -> Cache:
         """Returns the cache below `root` of an original with these files (name -> digest), complete or not."""
         identity = {
             "files": sorted(files.values()),
@@ -63,7 +74,7 @@ class Cache:
             "k": k,
             "vocabulary": vocabulary,
             "apart": apart,
-        }
+        } | ({"precision": "bfloat16"} if half else {})
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         folder = root / f"teacher-{digest[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
