@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from healing import given, unfinished
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--calibration-tokens", type=int, default=32_768)
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--compress", nargs="*", default=[], help='other settings of the cut, e.g. profile="P"')
+    parser.add_argument(
+        "--heal", nargs="*", default=[], help='other settings of the healing, e.g. precision="bfloat16"'
+    )
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from what is there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +52,7 @@ def compare(options: argparse.Namespace, work: Path) -> None:
 
     def rounded(source: str, name: str) -> None:
         if not path(name).exists():
-            bondsmith.compress(path(source), path(name), evaluate=True, **shared, **few)
+            bondsmith.compress(path(source), path(name), resume=unfinished(path(name)), **shared, **few)
 
     def healed(source: str, name: str, share: float = 1.0, **more: Any) -> None:
         if not path(name).exists():
@@ -56,12 +61,28 @@ def compare(options: argparse.Namespace, work: Path) -> None:
                 "window": options.window,
                 "validation_windows": 16,
                 "teacher": options.model,
+                "resume": unfinished(path(name)),
             }
             tokens = int(share * options.tokens)
-            bondsmith.heal(path(source), path(name), tokens=tokens, cache=work / "teacher", **settings, **more)
+            bondsmith.heal(
+                path(source),
+                path(name),
+                tokens=tokens,
+                cache=work / "teacher",
+                **settings,
+                **more,
+                **given(options.heal),
+            )
 
     if not path("cut").exists():
-        bondsmith.compress(options.model, path("cut"), keep=options.keep, **shared)
+        bondsmith.compress(
+            options.model,
+            path("cut"),
+            keep=options.keep,
+            resume=unfinished(path("cut")),
+            **shared,
+            **given(options.compress),
+        )
     rounded("cut", "cut, rounded")
     healed("cut", "cut, healed")
     healed("cut, rounded", "cut, rounded, healed")
