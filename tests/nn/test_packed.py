@@ -121,6 +121,28 @@ def test_gradients_in_bfloat16_go_around_the_kernels(grid: Grid) -> None:
     assert packed.scales.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("grid", [Grid(8, 0), Grid(4, 16, symmetric=False), Grid(3, 16)], ids=str)
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_under_autocast_products_are_those_of_linear_layers(grid: Grid, tokens: int) -> None:
+    packed, x = layer(grid, rows=48, columns=64), torch.randn(tokens, 64, requires_grad=True)
+    packed.train_scales()
+    dense, dtypes = packed.materialise(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = packed(x), dense(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert (y - expected).norm() < 0.01 * expected.norm()
+    y.register_hook(lambda gradient: dtypes.append(gradient.dtype))
+    push = torch.randn_like(expected)
+    (found,), (wanted,) = (torch.autograd.grad(out, x, push, retain_graph=True) for out in (y, expected))
+    assert dtypes == [torch.bfloat16]
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
+    y.backward(push)
+    W = packed.to_matrix()
+    (exact,) = torch.autograd.grad(x.detach() @ W.T, packed.scales, push.float())
+    assert packed.scales.grad is not None
+    assert (packed.scales.grad - exact).norm() < 0.02 * exact.norm()
+
+
 def test_trained_scales_lower_a_loss_over_frozen_codes_and_go_back_to_bfloat16() -> None:
     packed = layer(Grid(3, 16), rows=12, columns=48, bias=False)
     x, target = torch.randn(64, 48), torch.randn(64, 12)

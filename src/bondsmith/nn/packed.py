@@ -124,7 +124,9 @@ class PackedMatrix(nn.Module):
         super()._load_from_state_dict(*args)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """`x W^T`, `(..., O)`."""
+        """`x W^T`, `(..., O)`; in the dtype of autocast where that is on, as of `nn.Linear`."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
             y: Tensor = _Multiply.apply(x, self, self.scales, self.centres)
             return y
