@@ -60,7 +60,13 @@ def smollm2_results() -> dict[str, Any]:
         "command": "bondsmith compress HuggingFaceTB/SmolLM2-135M-Instruct --out smol-small --keep 0.8 --metric input "
         "--calibration wiki.jsonl.gz --calibration chat.jsonl.gz --tokens 65536 --seed 7",
         "seed": 7,
-        "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "safetensors": "0.6.2"},
+        "versions": {
+            "bondsmith": "0.1.0",
+            "python": "3.11.2",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "safetensors": "0.6.2",
+        },
         "machine": {
             "processor": "AMD EPYC 7B13",
             "cores": 2,

@@ -72,6 +72,9 @@ def test_every_page_shows_every_row(tmp_path: Path) -> None:
             assert cell in table
             assert cell.replace("_", "\\_") in card
     assert headline(results) in text
+    for shown in (text, card):
+        assert "bondsmith 0.1.0, python 3.11.2" in shown.replace("\\.", "."), "every package once"
+        assert "bondsmith 0.1.0, bondsmith" not in shown
 
 
 def test_ratios_and_errors_are_those_of_the_figures() -> None:
