@@ -203,7 +203,8 @@ def show(
     row("trained parameters", [s.trained / 1e6 for s in students], "M", 2)
     row("bytes exchanged by data parallelism (gradients)", [4 * s.trained / 1e6 for s in students], "MB")
     row("optimizer state", [s.state_bytes / 1e6 for s in students], "MB")
-    row("peak memory of two steps", [m / 1e6 for m in memory], "MB", 0)
+    if any(memory):
+        row("peak memory of two steps", [m / 1e6 for m in memory], "MB", 0)
     console = Console(width=120)
     console.print(table)
     speed = statistics.median(sum(r[0]) / sum(r[1]) for r in rounds)
