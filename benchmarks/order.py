@@ -21,6 +21,16 @@ from rich.table import Table
 
 import bondsmith
 
+ROWS = (
+    "cut",
+    "cut, healed",
+    "cut, rounded",
+    "cut, rounded, healed",
+    "cut, healed, rounded",
+    "cut, healed as rounded, rounded",
+    "cut, half healed, rounded, healed",
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,15 +103,7 @@ def compare(options: argparse.Namespace, work: Path) -> None:
     rounded("cut, half healed", "cut, half healed, rounded")
     healed("cut, half healed, rounded", "cut, half healed, rounded, healed", 0.5)
     table = Table("model", "MB", "KL, held out", "perplexity")
-    for name in (
-        "cut",
-        "cut, healed",
-        "cut, rounded",
-        "cut, rounded, healed",
-        "cut, healed, rounded",
-        "cut, healed as rounded, rounded",
-        "cut, half healed, rounded, healed",
-    ):
+    for name in ROWS:
         table.add_row(name, *figures(path(name)))
     Console(width=110).print(table)
 

@@ -92,9 +92,9 @@ def test_a_compression_is_judged_on_more_texts_than_its_profile_has(
     shutil.copy(text, other)
     before = (profiled / "work" / "windows.safetensors").read_bytes()
     done = bondsmith.compress(
-        original, tmp_path / "small", profile=str(profiled), keep=0.5, uniform=True, evaluation=[str(other)]
+        original, tmp_path / "small", profile=str(profiled), keep=0.5, uniform=True, evaluation=[str(other), "self"]
     )
-    assert [row["text"] for row in done.results["quality"]] == [text.name, other.name]
+    assert [row["text"] for row in done.results["quality"]] == [text.name, other.name, "self"]
     assert "is not used" not in caplog.text
     assert (profiled / "work" / "windows.safetensors").read_bytes() == before
 

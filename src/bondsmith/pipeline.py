@@ -32,7 +32,17 @@ from bondsmith.model.source import ModelError, Source, file_digest, load_whole, 
 from bondsmith.planner import SHARED, adopt, shared_settings
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
 from bondsmith.run import Progress, Run
-from bondsmith.rundir import FINGERPRINT, LOG, RunError, check_apart, log, logging_to, move_into_place, open_directory
+from bondsmith.rundir import (
+    FINGERPRINT,
+    LOG,
+    RunError,
+    call_of,
+    check_apart,
+    log,
+    logging_to,
+    move_into_place,
+    open_directory,
+)
 from bondsmith.stages import decompose, describe, quality, report, speed
 from bondsmith.stages.job import Job
 from bondsmith.stages.profile import Profile
@@ -98,7 +108,7 @@ def compress(
     check_apart(model, out)
     directory = open_directory(out, resume, overwrite)
     with logging_to(directory / LOG):
-        run = _Compression(directory, recipe, progress, command or _python_command(model, out, recipe))
+        run = _Compression(directory, recipe, progress, command or call_of("compress", model, out, recipe.given()))
         run.started = (directory / FINGERPRINT).is_file()
         try:
             results = run.all(model, evaluate)
@@ -282,12 +292,3 @@ def _carried_on(results: dict[str, Any], before: Path) -> dict[str, Any]:
     if "healing" in kept:
         kept["healing"] = kept["healing"] | {"before_rounding": True}
     return kept | results | {"model": old["model"] | {"rounded_from": str(before)}, "size": sizes}
-
-
-def _python_command(model: str | Path | PreTrainedModel, out: Path, recipe: Recipe) -> str:
-    name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
-    changed = {
-        k: v for k, v in recipe.to_dict().items() if k in ("keep", "bytes") or v != Recipe(keep=1.0).to_dict()[k]
-    }
-    given = ", ".join(f"{k}={v!r}" for k, v in changed.items() if v is not None)
-    return f"bondsmith.compress({name!r}, {str(out)!r}, {given})"

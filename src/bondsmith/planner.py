@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from bondsmith.data import check_spec
 from bondsmith.recipe import BUDGETS, Recipe
 from bondsmith.run import Progress, Run
-from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, check_apart, check_idle, logging_to
+from bondsmith.rundir import FINGERPRINT, LOG, WORK, RunError, call_of, check_apart, check_idle, logging_to
 from bondsmith.stages.estimate import plan_needs
 from bondsmith.stages.frontier import Frontier, frontier_sections, predict_frontier
 from bondsmith.stages.matrix_plan import PlanError
@@ -86,9 +86,7 @@ def profile(
         check_spec(spec)
     check_apart(model, out)
     with _opened(out, resume, overwrite) as keep, logging_to(out / LOG):
-        name = type(model).__name__ if isinstance(model, PreTrainedModel) else str(model)
-        call = ", ".join([repr(name), repr(str(out)), *(f"{key}={value!r}" for key, value in settings.items())])
-        run = Run(out, recipe, progress, command or f"bondsmith.profile({call})")
+        run = Run(out, recipe, progress, command or call_of("profile", model, out, settings))
         with run.stage("open"):
             opened = run.open(model, text=True)
             run.settle_metric(opened)

@@ -346,6 +346,12 @@ class Recipe:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return plain | {"bounds": {pattern: list(limits) for pattern, limits in self.bounds.items()}}
 
+    def given(self) -> dict[str, Any]:
+        """Returns the size and the settings that are not the defaults."""
+        plain = Recipe(keep=1.0).to_dict()
+        found = {k: v for k, v in self.to_dict().items() if k in ("keep", "bytes") or v != plain[k]}
+        return {k: v for k, v in found.items() if v is not None}
+
     def save(self, path: Path) -> None:
         """Writes the settings as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))

@@ -256,18 +256,23 @@ class Run:
         calibration, held_out = saved_windows(self.work)
         known = {w.spec for w in held_out}
         if more := [s for s in self._apart() if s not in known] if evaluate else []:  # than the profile has
-            held_out += self._read_apart(source, tokenizer, more)
+            held_out += self._windows_apart(source, tokenizer, more)
             save_windows(self.work, calibration, held_out)
         return calibration, held_out
 
     def _apart(self) -> list[str]:
         """Returns the SPECs that are evaluated on and not calibrated on."""
         texts = {s for s in self.recipe.calibration if self.recipe.needs_moments}
-        return [s for s in self.recipe.evaluation if s not in texts and s != SELF]
+        return [s for s in self.recipe.evaluation if s not in texts]
 
-    def _read_apart(self, source: Source, tokenizer: Any, specs: list[str]) -> list[Windows]:
-        r, window = self.recipe, self._window(source)
-        return [read_windows(spec, tokenizer, count=r.evaluation_windows, window=window, seed=r.seed) for spec in specs]
+    def _windows_apart(self, source: Source, tokenizer: Any, specs: list[str]) -> list[Windows]:
+        count, window, seed = self.recipe.evaluation_windows, self._window(source), self.recipe.seed
+        return [
+            Windows(SELF, self.sample(source, tokenizer, count, window), count)
+            if spec == SELF
+            else read_windows(spec, tokenizer, count=count, window=window, seed=seed)
+            for spec in specs
+        ]
 
     def _window(self, source: Source) -> int:
         return min(self.recipe.window, int(getattr(source.config, "max_position_embeddings", self.recipe.window)))
@@ -284,7 +289,7 @@ class Run:
             texts, tokenizer, tokens=tokens, held_out=held, window=window, seed=r.seed
         )
         if held:
-            held_out += self._read_apart(source, tokenizer, self._apart())
+            held_out += self._windows_apart(source, tokenizer, [s for s in self._apart() if s != SELF])
         own = -(-(r.tokens - tokens) // window) if SELF in specs else 0
         extra = held if SELF in (*specs, *r.evaluation) or (held and not held_out) else 0
         if own or extra:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,6 +49,13 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found += [f"{f} has changed" for f in old if f in new and old[f] != new[f]]
     found += [f"{f} was not used" for f in new if f not in old] + [f"{f} is not used" for f in old if f not in new]
     return found
+
+
+def call_of(function: str, model: object, out: Path, settings: Mapping[str, Any]) -> str:
+    """Returns the call from Python that makes `out` of `model`; of a loaded one the class stands for it."""
+    name = str(model) if isinstance(model, str | Path) else type(model).__name__
+    given = [repr(name), repr(str(out)), *(f"{key}={value!r}" for key, value in settings.items())]
+    return f"bondsmith.{function}({', '.join(given)})"
 
 
 def restore(out: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +26,7 @@ from bondsmith.cli.options import (
     Seed,
     Window,
 )
-from bondsmith.cli.screen import app, err, given, out, progress_bars
+from bondsmith.cli.screen import app, command_line, err, given, out, progress_bars
 
 
 @app.command()
@@ -110,7 +108,7 @@ def compress(
             resume=resume,
             overwrite=overwrite,
             evaluate=not no_evaluate,
-            command=shlex.join(["bondsmith", *sys.argv[1:]]),
+            command=command_line(),
             progress=show,
         )
     _show_results(done.path, done.results)
@@ -203,7 +201,7 @@ def heal(
             finish=finish,
             overwrite=overwrite,
             evaluate=not no_evaluate,
-            command=shlex.join(["bondsmith", *sys.argv[1:]]),
+            command=command_line(),
             progress=show,
             tell=lambda moment: _tell(moment, show),
             **((read_settings(recipe) if recipe else {}) | changes),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +27,7 @@ from bondsmith.cli.options import (
     Seed,
     Window,
 )
-from bondsmith.cli.screen import app, given, out, progress_bars
+from bondsmith.cli.screen import app, command_line, given, out, progress_bars
 
 
 @app.command()
@@ -85,7 +83,7 @@ def profile(
                 directory,
                 resume=resume,
                 overwrite=overwrite,
-                command=shlex.join(["bondsmith", *sys.argv[1:]]),
+                command=command_line(),
                 progress=show,
                 **given(wanted),
             )
@@ -116,7 +114,7 @@ def profile(
             settings,
             resume=resume,
             overwrite=overwrite,
-            command=shlex.join(["bondsmith", *sys.argv[1:]]),
+            command=command_line(),
             progress=show,
         )
     for table in done.tables():
@@ -188,8 +186,7 @@ def frontier(
             planner.check_profile_of(home, None if finished else model, **wanted)
         else:
             begun = home.is_dir() and any(home.iterdir())
-            command = shlex.join(["bondsmith", *sys.argv[1:]])
-            planner.profile(model, home, resume=begun, command=command, progress=show, **wanted)
+            planner.profile(model, home, resume=begun, command=command_line(), progress=show, **wanted)
         names = [p.name for p in measured or ()]
         known = {p.name if names.count(p.name) == 1 else str(p): p for p in measured or ()}
         known |= pipeline.carry_out(home, carry or (), show)

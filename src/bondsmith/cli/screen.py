@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,11 @@ app = typer.Typer(
     help="Make language models small with tensor networks.",
 )
 out, err = Console(), Console(stderr=True)
+
+
+def command_line() -> str:
+    """Returns the command that is running, as a user would type it."""
+    return shlex.join(["bondsmith", *sys.argv[1:]])
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

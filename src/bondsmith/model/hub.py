@@ -32,9 +32,8 @@ from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
 
 METHOD = OURS
-FORMAT = (
-    3  # 2 brought packed modules and checksums, 3 their scales and centres in bfloat16; without packed modules all load
-)
+# 2 brought packed modules and checksums, 3 their scales and centres in bfloat16. What has no packed module loads from all.
+FORMAT = 3
 
 
 @register_quantization_config(METHOD)

@@ -21,9 +21,8 @@ from bondsmith.recipe import Recipe
 from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.plan import Plan
 
-_EXACT = (
-    3e-3  # relative error that no rounding to few bits has; scales that go from float16 to bfloat16 alone lose 2e-3
-)
+# Relative error that no rounding to few bits has; scales that go from float16 to bfloat16 alone lose 2e-3.
+_EXACT = 3e-3
 
 
 def versions() -> dict[str, str]:
