@@ -18,6 +18,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from bondsmith.model.blocks import find_blocks, matrices, shape
 from bondsmith.model.hub import load, replace_matrices
 from bondsmith.model.source import Source, load_whole, open_source
 from bondsmith.nn.free import free_all
-from bondsmith.stages.healing.losses import token_sums
+from bondsmith.stages.healing.head import head_sums
+from bondsmith.stages.healing.teacher import logits_of
 from bondsmith.stages.training import Steps, reduced_matrices, trainable
 from bondsmith.tensor.sites import Sites
 
@@ -68,9 +70,9 @@ class Student:
         """Returns the seconds of forward and backward, and of the optimizer."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        sums = token_sums(logits, ids, torch.ones_like(ids, dtype=torch.bool), None)
-        (sums.ce / sums.tokens).backward()
+        counts = torch.ones_like(ids, dtype=torch.bool)
+        sums = head_sums(self.model, partial(logits_of, self.model, ids, None), ids, counts, None, (0.0, 1.0))
+        (sums.loss / sums.tokens).backward()
         middle = time.perf_counter()
         self.optimizer.step()
         return middle - start, time.perf_counter() - middle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def test_a_window_beyond_the_context_is_trained_in_full(tmp_path: Path, home: Pa
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_no_number(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    real, calls = loop.token_sums, []
+    real, calls = loop.head_sums, []
 
     def broken(*args: Any) -> Sums:
         sums = real(*args)
@@ -243,10 +244,10 @@ def test_a_loss_that_is_no_number(home: Path, tmp_path: Path, monkeypatch: pytes
             return sums
         factor = math.nan if what == "loss" else 1.0
         if what == "gradient":
-            sums.kl.register_hook(lambda g: g * math.nan)
-        return Sums(sums.kl * factor, sums.ce, sums.tokens)
+            sums.loss.register_hook(lambda g: g * math.nan)
+        return replace(sums, loss=sums.loss * factor)
 
-    monkeypatch.setattr(loop, "token_sums", broken)
+    monkeypatch.setattr(loop, "head_sums", broken)
     with pytest.raises(
         HealError, match=rf"step \d+: the {what} is nan on windows \d+, .*the state of step \d+ is kept: --finish"
     ):

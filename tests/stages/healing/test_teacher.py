@@ -59,8 +59,8 @@ def test_sums_and_their_gradients_are_those_of_all_log_probabilities(
     logits = (2 * torch.randn(3, 9, 50)).to(dtype).requires_grad_()
     ids, counts = data.ids % 50, data.counts
     teacher = TopK.of(2 * torch.randn(int(counts[:, 1:].sum()), 50), 7)
-    sums = token_sums(logits, ids, counts, teacher)
-    (found,) = torch.autograd.grad(sums.loss(0.7, 0.3), logits)
+    sums = token_sums(logits, ids, counts, teacher, (0.7, 0.3))
+    (found,) = torch.autograd.grad(sums.loss, logits)
 
     chosen = logits[:, :-1][counts[:, 1:]].float().log_softmax(-1)
     ce = torch.nn.functional.nll_loss(chosen, ids[:, 1:][counts[:, 1:]], reduction="sum")
@@ -86,7 +86,7 @@ def test_a_cache_gives_back_what_the_original_says(tmp_path: Path) -> None:
     assert torch.allclose(kept.logp, fresh.logp, atol=4e-3)
     with torch.no_grad():
         logits = model(input_ids=data.ids[index]).logits
-    sums = token_sums(logits, data.ids[index], data.counts[index], kept)
+    sums = token_sums(logits, data.ids[index], data.counts[index], kept, (1.0, 0.0))
     assert abs(float(sums.kl)) / sums.tokens < 1e-4, "the original diverges from itself"
     assert cache.bytes < (4 * 16 + 1) * data.tokens + 2000
 

@@ -34,7 +34,7 @@ def divergence(model: Any, teacher: Any, ids: torch.Tensor) -> float:
     counts = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
         top = TopK.of(teacher(input_ids=ids).logits[:, :-1].flatten(0, 1), 64)
-        sums = token_sums(model(input_ids=ids).logits, ids, counts, top)
+        sums = token_sums(model(input_ids=ids).logits, ids, counts, top, (1.0, 0.0))
     return float(sums.kl) / sums.tokens
 
 

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from bondsmith.stages.healing.head import fits, head_sums
 from bondsmith.stages.healing.losses import Sums, TopK, token_sums
 from bondsmith.stages.healing.ranks import Ranks
 from bondsmith.stages.healing.samples import Windows
@@ -26,6 +28,7 @@ from bondsmith.stages.healing.teacher import logits_of
 from bondsmith.stages.training import Steps
 
 SAVE_SECONDS = 600.0  # a checkpoint at least so often
+_TRIED = 16  # tokens on which it is tried whether the loss can be computed at the head
 
 Teacher = Callable[[Tensor], TopK]
 
@@ -83,6 +86,7 @@ class Loop:
     step: int = 0
     best: int = 0
     seconds: float = 0.0
+    at_head: bool = False  # whether the loss is computed at the head; tried at the start
 
     @torch.enable_grad()
     def run(self) -> None:
@@ -119,6 +123,8 @@ class Loop:
         self.states.load(self.best, self.parameters)
 
     def _begin(self) -> None:
+        ids = self.held.take(torch.tensor([0])).ids[:, :_TRIED].to(self.ranks.device)
+        self.at_head = fits(self.model, partial(logits_of, self.model, ids, None, self.settings.halves(ids.device)))
         note = self.states.latest
         if note is not None:
             self._recall(note)
@@ -142,13 +148,11 @@ class Loop:
         """
         index = self._windows_of(self.step)
         tokens = int(self.train.counts[index].sum())
-        kl_weight = self.settings.kl_weight if self.teacher else 0.0
-        ce_weight = self.settings.ce_weight if self.teacher else 1.0
         self.optimizer.zero_grad()
         total = 0.0
         parts = index[self.ranks.rank :: self.ranks.world].split(self.settings.micro_batch)
         for part in parts:
-            loss = self._sums(self.train, part, 0).loss(kl_weight, ce_weight)
+            loss = self._sums(self.train, part, 0).loss
             (loss * (self.ranks.world / max(1, tokens))).backward()  # gradients are averaged over processes
             total += float(loss.detach())
         total, late, told = self.ranks.total([total, due and self.ranks.main, self.ranks.order.given])
@@ -183,14 +187,18 @@ class Loop:
         return torch.stack([orders[place // count][place % count] for place in places])
 
     def _sums(self, windows: Windows, index: Tensor, first: int) -> Sums:
-        batch, device = windows.take(index), self.ranks.device
+        """Returns the sums of the windows at `index`, the first of all windows at `first`."""
         teacher = self.teacher(index + first) if self.teacher else None
+        batch, device = windows.take(index), self.ranks.device
         if teacher is not None:
             teacher = TopK(teacher.words.to(device), teacher.logp.to(device))
         ids, counts = batch.ids.to(device), batch.counts.to(device)
         positions = batch.positions.to(device) if self.apart else None
-        logits = logits_of(self.model, ids, positions, self.settings.halves(device))
-        return token_sums(logits, ids, counts, teacher)
+        run = partial(logits_of, self.model, ids, positions, self.settings.halves(device))
+        weights = (self.settings.kl_weight, self.settings.ce_weight) if self.teacher else (0.0, 1.0)
+        if self.at_head:
+            return head_sums(self.model, run, ids, counts, teacher, weights)
+        return token_sums(run(), ids, counts, teacher, weights)
 
     @torch.no_grad()
     def _validate(self, loss: float | None) -> dict[str, float]:

@@ -56,26 +56,45 @@ def divergence(student_NK: Tensor, teacher: TopK) -> Tensor:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over tokens: of the divergence, of the cross entropy, and how many tokens there were."""
+    """Sums over `tokens` tokens: of the divergence, of the cross entropy, and the weighted sum of both, which is trained on.
 
+    All are scalars; only `loss` has a gradient.
+    """
+
+    loss: Tensor
     kl: Tensor
     ce: Tensor
     tokens: int
 
-    def loss(self, kl_weight: float, ce_weight: float) -> Tensor:
-        """Returns the weighted sum that is trained on."""
-        return kl_weight * self.kl + ce_weight * self.ce
+
+def token_sums(
+    logits_WTV: Tensor, ids_WT: Tensor, counts_WT: Tensor, teacher: TopK | None, weights: tuple[float, float]
+) -> Sums:
+    """Returns the sums over the counted tokens of windows.
+
+    Args:
+        teacher: one row per counted token; without it the divergence is zero.
+        weights: of divergence and cross entropy in the loss.
+    """
+    places_N, words_NK = targets(ids_WT, counts_WT, teacher)
+    return place_sums(logits_WTV.flatten(0, 1), places_N, words_NK, teacher, weights)
 
 
-def token_sums(logits_WTV: Tensor, ids_WT: Tensor, counts_WT: Tensor, teacher: TopK | None) -> Sums:
-    """Returns the sums over the counted tokens of windows; `teacher` has one row per counted token, or is None."""
+def targets(ids_WT: Tensor, counts_WT: Tensor, teacher: TopK | None) -> tuple[Tensor, Tensor]:
+    """Returns the places among all tokens, rising, that predict a counted token, and that with the teacher's words: (N,), (N, 1 + K)."""
     places_N = (counts_WT[:, 1:].nonzero() * counts_WT.new_tensor([ids_WT.shape[1], 1], dtype=torch.int64)).sum(-1)
-    words = ids_WT.flatten()[places_N + 1, None]
-    if teacher is not None:
-        words = torch.cat((words, teacher.words), -1)
-    logp: Tensor = _LogProbabilities.apply(logits_WTV.flatten(0, 1), places_N, words)
+    words_NK = ids_WT.flatten()[places_N + 1, None]
+    return places_N, words_NK if teacher is None else torch.cat((words_NK, teacher.words), -1)
+
+
+def place_sums(
+    logits_MV: Tensor, places_N: Tensor, words_NK: Tensor, teacher: TopK | None, weights: tuple[float, float]
+) -> Sums:
+    """Returns the sums over some places; words and teacher have a row for each."""
+    logp: Tensor = _LogProbabilities.apply(logits_MV, places_N, words_NK)
     kl = divergence(logp[:, 1:], teacher).sum() if teacher is not None else logp.new_zeros(())
-    return Sums(kl, -logp[:, 0].sum(), len(logp))
+    ce = -logp[:, 0].sum()
+    return Sums(weights[0] * kl + weights[1] * ce, kl.detach(), ce.detach(), len(logp))
 
 
 class _LogProbabilities(torch.autograd.Function):

@@ -84,8 +84,8 @@ class HealTrainer(Trainer):
             with torch.no_grad():
                 logits = self.teacher(**given, use_cache=False).logits
             top = TopK.of(logits[:, :-1][counts[:, 1:]], self.top_k)
-        sums = token_sums(out.logits, labels, counts, top)
-        loss = sums.loss(*self.weights) / (sums.tokens if num_items_in_batch is None else num_items_in_batch)
+        sums = token_sums(out.logits, labels, counts, top, self.weights)
+        loss = sums.loss / (sums.tokens if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = (
                 loss * self.accelerator.num_processes
