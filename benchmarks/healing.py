@@ -4,14 +4,16 @@
 
 For every keep two models are compressed, without and with block-wise distillation (`--blockwise` passes over `--calibration-tokens`), and
 each is healed with `--tokens` tokens of the same text. KL and perplexity are those of the held-out windows at every validation; with
-`--tasks` the models are scored before and after. DIR holds everything: the same command goes on where it was interrupted. It prints a
-table and writes DIR/healing.html, the figure, and DIR/healing.json.
+`--tasks` the models are scored before and after, and the original too. DIR holds everything: the same command goes on where it was
+interrupted, and asks further tasks of the models that are there. It prints tables and writes DIR/healing.html, the figure, and
+DIR/healing.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,9 @@ def main() -> None:
         for passes in options.blockwise:
             rows.append(run(options, keep, passes))
             (options.work / "healing.json").write_text(json.dumps(rows, indent=1))
-    draw(options.work / "healing.html", rows, options.model)
-    show(rows)
+    original = scores(options, Path(options.model))
+    draw(options.work / "healing.html", rows, original, options.model)
+    show(rows, original)
 
 
 def run(options: argparse.Namespace, keep: float, passes: int) -> dict[str, Any]:
@@ -75,10 +78,24 @@ def run(options: argparse.Namespace, keep: float, passes: int) -> dict[str, Any]
         )
     results = json.loads((healed / "results.json").read_text())
     row = {"keep": keep, "blockwise": passes, "healing": results["healing"], "tasks": {}}
-    names = [n for n in options.tasks.split(",") if n]
-    for label, place in (("fitted", small), ("healed", healed)) if names else ():
-        row["tasks"][label] = score(place, names, data=options.data, limit=options.limit)
+    for label, place in (("fitted", small), ("healed", healed)):
+        row["tasks"][label] = scores(options, place)
     return row
+
+
+def scores(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
+    """Returns the scores of one model, asked once: they are kept in DIR."""
+    names = [n for n in options.tasks.split(",") if n]
+    if not names:
+        return []
+    kept = options.work / "scores.json"
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    key = f"{place.name} {options.tasks} {options.limit}"
+    if key not in found:
+        found[key] = score(place, names, data=options.data, limit=options.limit)
+        kept.write_text(json.dumps(found, indent=1))
+    asked: list[dict[str, Any]] = found[key]
+    return asked
 
 
 def given(pairs: list[str]) -> dict[str, Any]:
@@ -93,8 +110,8 @@ def name(row: dict[str, Any]) -> str:
     return f"keep {row['keep']:g}, {'block-wise, then ' if row['blockwise'] else ''}global"
 
 
-def draw(path: Path, rows: list[dict[str, Any]], model: str) -> None:
-    """Writes the figure: KL and perplexity against tokens, a line per model."""
+def draw(path: Path, rows: list[dict[str, Any]], original: list[dict[str, Any]], model: str) -> None:
+    """Writes the figure: KL, perplexity and scores against tokens, a line per model."""
     panels = []
     for field, title in (("kl", "KL to the original, nats a token"), ("perplexity", "perplexity")):
         lines = tuple(
@@ -108,13 +125,26 @@ def draw(path: Path, rows: list[dict[str, Any]], model: str) -> None:
         points = [p for line in lines for p in line.points]
         x = axis("healing tokens, thousands", [p.x for p in points], low=0.0)
         panels.append(Panel(title, lines, x, axis(title, [p.y for p in points], log=True)))
-    caption = f"Held-out windows of the training texts. {model}; printed by benchmarks/healing.py."
-    write_page(
-        path, "Accuracy against healing tokens", [Section("The curve", figures=(Curves(tuple(panels), caption),))]
-    )
+    for k, asked in enumerate(original):
+        title = f"{asked['task']}, {asked['metric']}, {asked['rows']} rows"
+        lines = tuple(Line(name(row), tone, tuple(score_points(row, k))) for tone, row in enumerate(rows))
+        points = [p for line in lines for p in line.points]
+        x = axis("healing tokens, thousands", [p.x for p in points], low=0.0)
+        y = axis(asked["metric"], [asked["score"], *(p.y for p in points)])
+        panels.append(Panel(title, lines, x, y, rule=asked["score"]))
+    caption = "KL and perplexity are those of held-out windows of the training texts. Drawn by benchmarks/healing.py."
+    figure = Curves(tuple(panels), caption, rule="the original" if original else "")
+    write_page(path, f"Accuracy of {model} against healing tokens", [Section("The curve", figures=(figure,))])
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def score_points(row: dict[str, Any], k: int) -> Iterator[Point]:
+    """Yields the score of task `k` before and after healing."""
+    for label, tokens in (("fitted", 0), ("healed", row["healing"]["tokens"])):
+        asked = row["tasks"][label][k]
+        yield Point(tokens / 1000, asked["score"], f"{asked['score']:.3f} ± {asked['stderr']:.3f}", asked["stderr"])
+
+
+def show(rows: list[dict[str, Any]], original: list[dict[str, Any]]) -> None:
     table = Table("model", "tokens", "KL", "perplexity", "seconds a 1000 tokens")
     for row in rows:
         rate = 1000 * row["healing"]["seconds"] / row["healing"]["tokens"]
@@ -124,9 +154,20 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_section()
     console = Console(width=120)
     console.print(table)
+    if not original:
+        return
+    table = Table(
+        "", *(f"{s['task']} {s['metric']}" for s in original), title=f"scores, {original[0]['rows']} rows each"
+    )
+    table.add_row("original", *map(percent, original))
     for row in rows:
-        for label, scores in row["tasks"].items():
-            console.print(name(row), label, ", ".join(f"{s['task']} {s['metric']} {s['score']:.3f}" for s in scores))
+        for label, asked in row["tasks"].items():
+            table.add_row(f"{name(row)}: {label}", *map(percent, asked))
+    console.print(table)
+
+
+def percent(asked: dict[str, Any]) -> str:
+    return f"{100 * asked['score']:.1f} ± {100 * asked['stderr']:.1f}"
 
 
 if __name__ == "__main__":
