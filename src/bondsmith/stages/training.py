@@ -196,18 +196,22 @@ def _level(matrices: Sequence[Tensor]) -> list[Tensor]:
 
     The small side is dealt into strips of at most `_STRIP`, each levelled by itself: what a strip costs grows with its square or cube.
     """
-    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
-    if not len(wide[0]):
-        return list(matrices)
-    levels = [
-        _level_strips(strips) for strips in zip(*(x.tensor_split(-(-len(x) // _STRIP)) for x in wide), strict=True)
-    ]
-    found = [torch.cat(strips) if len(strips) > 1 else strips[0] for strips in zip(*levels, strict=True)]
-    return [y if y.shape == matrix.shape else y.T for y, matrix in zip(found, matrices, strict=True)]
+    levels = [torch.empty_like(matrix) for matrix in matrices]
+    for strips in zip(*(_strips(matrix) for matrix in (*matrices, *levels)), strict=True):
+        found, places = strips[: len(matrices)], strips[len(matrices) :]
+        for factor, strip, place in zip(_factors(found), found, places, strict=True):
+            torch.mm(factor, strip, out=place)
+    return levels
 
 
-def _level_strips(strips: Sequence[Tensor]) -> list[Tensor]:
-    """Returns what `_level` does of strips of the same height; all steps are on their Gram matrices, whose polynomials commute."""
+def _strips(matrix: Tensor) -> Sequence[Tensor]:
+    """Views of the parts of a matrix that are levelled by themselves, as wide matrices."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    return wide.tensor_split(-(-len(wide) // _STRIP)) if len(wide) else ()
+
+
+def _factors(strips: Sequence[Tensor]) -> Tensor:
+    """Returns what strips of the same height are multiplied by; all steps are on their Gram matrices, whose polynomials commute."""
     gram = torch.stack([x @ x.T for x in strips])
     norms = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() + _TINY
     start = gram = gram / norms.square()[:, None, None]
@@ -225,8 +229,7 @@ def _level_strips(strips: Sequence[Tensor]) -> list[Tensor]:
     assert product is not None
     sizes = ((product @ start) * product).sum((-2, -1)).clamp_min(0).sqrt() * norms  # Frobenius norms of what comes out
     counts = sizes.new_tensor([x.numel() for x in strips])
-    product = product * (counts.sqrt() / (sizes + _TINY))[:, None, None]
-    return [y @ x for y, x in zip(product, strips, strict=True)]
+    return product * (counts.sqrt() / (sizes + _TINY))[:, None, None]
 
 
 def _adam_change(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
