@@ -25,8 +25,13 @@ from bondsmith.nn.kernels import gemm_dtype
 from bondsmith.nn.packed import PackedHead, PackedLinear
 from bondsmith.stages.healing.losses import Sums, TopK, place_sums, targets
 
-_AT_ONCE = {"cpu": 2**22}  # logits that are looked at together: on a CPU they stay in its cache
+_AT_ONCE = {"cpu": 2**24}  # logits that are looked at together; a few more or less cost time on a CPU
 _AT_ONCE_ELSEWHERE = 2**26
+_KEEPS_NOTHING = (
+    nn.Linear,
+    PackedHead,
+    PackedLinear,
+)  # heads that do not need their logits once they have returned them
 
 Run = Callable[[], Tensor]  # the model on the windows, to its logits
 Piece = Callable[[Tensor, slice], Sums]  # of some rows of what enters the head
@@ -48,7 +53,8 @@ def head_sums(
     def part_sums(forward: Callable[[Tensor], Tensor], rows: Tensor, part: slice) -> Sums:
         logits = forward(rows)
         some = None if teacher is None else TopK(teacher.words[part], teacher.logp[part])
-        return place_sums(logits, torch.arange(len(rows), device=rows.device), words_NK[part], some, weights)
+        places = torch.arange(len(rows), device=rows.device)
+        return place_sums(logits, places, words_NK[part], some, weights, isinstance(head, _KEEPS_NOTHING))
 
     def instead(forward: Callable[[Tensor], Tensor], hidden_WTD: Tensor) -> Tensor:
         rows_ND = hidden_WTD.flatten(0, -2)[places_N]

@@ -88,10 +88,18 @@ def targets(ids_WT: Tensor, counts_WT: Tensor, teacher: TopK | None) -> tuple[Te
 
 
 def place_sums(
-    logits_MV: Tensor, places_N: Tensor, words_NK: Tensor, teacher: TopK | None, weights: tuple[float, float]
+    logits_MV: Tensor,
+    places_N: Tensor,
+    words_NK: Tensor,
+    teacher: TopK | None,
+    weights: tuple[float, float],
+    consumes: bool = False,
 ) -> Sums:
-    """Returns the sums over some places; words and teacher have a row for each."""
-    logp: Tensor = _LogProbabilities.apply(logits_MV, places_N, words_NK)
+    """Returns the sums over some places; words and teacher have a row for each.
+
+    With `consumes` the gradient is written over the logits.
+    """
+    logp: Tensor = _LogProbabilities.apply(logits_MV, places_N, words_NK, consumes)
     kl = divergence(logp[:, 1:], teacher).sum() if teacher is not None else logp.new_zeros(())
     ce = -logp[:, 0].sum()
     return Sums(weights[0] * kl + weights[1] * ce, kl.detach(), ce.detach(), len(logp))
@@ -104,7 +112,7 @@ class _LogProbabilities(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_MV: Tensor, places_N: Tensor, words_NK: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_MV: Tensor, places_N: Tensor, words_NK: Tensor, consumes: bool) -> Tensor:
         sizes = [
             logits_MV[rows].float().logsumexp(-1)[places_N[counted] - rows.start]
             for rows, counted in _pieces(logits_MV, places_N)
@@ -112,13 +120,15 @@ class _LogProbabilities(torch.autograd.Function):
         ]
         sizes_N = torch.cat(sizes) if sizes else places_N.new_empty(0, dtype=torch.float32)
         ctx.save_for_backward(logits_MV, places_N, words_NK, sizes_N)
+        ctx.consumes = consumes
         return logits_MV[places_N[:, None], words_NK].float() - sizes_N[:, None]
 
     @staticmethod
-    def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor, None, None, None]:
         logits_MV, places_N, words_NK, sizes_N = ctx.saved_tensors
         total_N = gradient_NK.sum(-1)
-        gradient_MV = torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
+        kept = ctx.consumes and logits_MV.is_contiguous()
+        gradient_MV = logits_MV if kept else torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
         wide = gradient_MV.dtype == torch.float32
         for rows, counted in _pieces(logits_MV, places_N):
             part = gradient_MV[rows]
@@ -134,7 +144,7 @@ class _LogProbabilities(torch.autograd.Function):
             found.view(-1).scatter_add_(0, flat.flatten(), gradient_NK[counted].flatten())
             if not wide:
                 part.copy_(found)
-        return gradient_MV, None, None
+        return gradient_MV, None, None, None
 
 
 def _pieces(logits_MV: Tensor, places_N: Tensor) -> list[tuple[slice, slice]]:
