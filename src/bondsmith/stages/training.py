@@ -26,7 +26,7 @@ from bondsmith.nn.packed import PackedMatrix
 MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
 _DENSE = (nn.Linear, nn.Embedding, Conv1D)
-_STRIP = 256  # rows of a core that are made orthogonal to each other
+_STRIP = 128  # rows of a core that are made orthogonal to each other
 _TOGETHER = 2**24  # numbers of cores that are levelled together
 _TINY = 1e-18  # of norms that are divided by; its square is a float32
 _SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
