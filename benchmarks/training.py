@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--small", type=Path)
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args()

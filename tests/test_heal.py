@@ -24,6 +24,7 @@ from bondsmith.recipe import Recipe, RecipeError, grid_of, read_settings
 from bondsmith.stages.healing import loop
 from bondsmith.stages.healing.losses import Sums
 from bondsmith.stages.healing.settings import HealError, HealSettings
+from bondsmith.stages.training import Steps
 from bondsmith.tensor.rounding import Grid, round_to_nearest
 
 
@@ -153,6 +154,23 @@ def test_matrices_that_lost_channels_are_trained_too(home: Path, tmp_path: Path)
         old, new = load_file(file), load_file(done.path / file.name)
         changed |= {n for n in old if not torch.equal(old[n], new[n])}
     assert reduced <= changed
+
+
+@pytest.mark.parametrize("rate", [None, 0.0003])
+def test_where_little_was_lost_steps_are_smaller(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float | None
+) -> None:
+    real, scales = Steps.step, []
+
+    def step(self: Steps) -> None:
+        scales.append(self.scale)
+        real(self)
+
+    monkeypatch.setattr(Steps, "step", step)
+    done = heal(home, tmp_path / "out", learning_rate=rate, evaluate=False, validate_every=20)
+    before = done.healing["curve"][0]["kl"]
+    assert before < 1, "another model is needed here"
+    assert max(scales) == pytest.approx(math.sqrt(before) if rate is None else 1.0)
 
 
 # rounded

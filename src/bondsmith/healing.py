@@ -352,7 +352,7 @@ class _Run:
             self.ranks.make_alike(student)
             shard(student, self.blocks(student), self.ranks)
         parameters = trainable(student, self.settings.embeddings, dense)
-        optimizer = Steps(student, parameters, self.settings.learning_rate, self.settings.norm_rate)
+        optimizer = Steps(student, parameters, self.settings.core_rate, self.settings.norm_rate)
         states = States(self.work, self.ranks)
         loop = Loop(
             student,

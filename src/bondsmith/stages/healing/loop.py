@@ -167,7 +167,7 @@ class Loop:
                 f"step {kept['step']} is kept: --finish writes the best one so far, --overwrite with a smaller --learning-rate "
                 "starts anew"
             )
-        self.optimizer.scale = self.settings.rate(self.step)
+        self.optimizer.scale = self.settings.highest(self.history[0].get("kl")) * self.settings.rate(self.step)
         self.optimizer.step()
         return total, late > 0, told > 0
 

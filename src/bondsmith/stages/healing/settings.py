@@ -15,6 +15,8 @@ from bondsmith.tensor.rounding import BITS
 
 LOSS_ON = ("auto", "all", "answers")
 PRECISIONS = ("auto", "float32", "bfloat16")
+RATE = 0.0005  # of cores; docs/healing.md has what was measured
+_LEAST_KL = 0.01  # nats a token; below this the rates are those of it
 
 
 class HealError(ValueError):
@@ -31,7 +33,8 @@ class HealSettings:
         window: tokens per window.
         batch: windows per optimizer step, over all processes.
         micro_batch: windows per forward pass of a process.
-        learning_rate: how far a step moves a network's cores, as a share of their size.
+        learning_rate: how far a step moves a network's cores, as a share of their size; None is 0.0005, and where the divergence before
+            training is under a nat so much less, `norm_rate` too, as its square root says.
         norm_rate: the same for norms, biases, scales, embedding and head.
         warmup: share of the steps in which the rate rises; a cosine brings it down to a fiftieth by the end.
         clip: largest norm of the gradient; 0 for none.
@@ -58,7 +61,7 @@ class HealSettings:
     window: int = 512
     batch: int = 4
     micro_batch: int = 2
-    learning_rate: float = 0.0005
+    learning_rate: float | None = None
     norm_rate: float = 1e-3
     warmup: float = 0.05
     clip: float = 1.0
@@ -92,7 +95,9 @@ class HealSettings:
             value, kind = getattr(self, f.name), str(f.type)
             if kind == "int" and (isinstance(value, bool) or not isinstance(value, int)):
                 raise HealError(f"{f.name}: {value!r} is not a whole number")
-            if kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if kind == "float | None" and value is None:
+                continue
+            if kind.startswith("float") and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise HealError(f"{f.name}: {value!r} is not a number")
             if kind == "bool" and not isinstance(value, bool):
                 raise HealError(f"{f.name}: {value!r} is neither true nor false")
@@ -109,8 +114,9 @@ class HealSettings:
                 "give more tokens, a smaller batch or a smaller window"
             )
         for name in ("learning_rate", "norm_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise HealError(f"{name}: {getattr(self, name)} is not above 0")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise HealError(f"{name}: {value} is not above 0")
         for name in ("clip", "kl_weight", "ce_weight", "validate_every", "save_every", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise HealError(f"{name}: {getattr(self, name)} is negative")
@@ -161,8 +167,24 @@ class HealSettings:
         return self.tokens // (self.batch * self.window)
 
     def rate(self, step: int) -> float:
-        """Returns the share of the full learning rate at a step: a straight rise, then a cosine down to a fiftieth."""
+        """Returns the share of the highest rate at a step: a straight rise, then a cosine down to a fiftieth."""
         return cosine(step, self.steps, self.warmup)
+
+    def highest(self, kl: float | None) -> float:
+        """Returns the share of both rates that is the highest, for a model that diverges by `kl` nats a token, or by who knows what.
+
+        >>> settings = HealSettings(("a.txt",))
+        >>> settings.highest(0.25), settings.highest(1.5), settings.highest(None), settings.core_rate
+        (0.5, 1.0, 1.0, 0.0005)
+        """
+        if self.learning_rate is not None or kl is None or not math.isfinite(kl):
+            return 1.0
+        return min(1.0, math.sqrt(max(kl, _LEAST_KL)))
+
+    @property
+    def core_rate(self) -> float:
+        """The learning rate of cores, before what `highest` takes off."""
+        return RATE if self.learning_rate is None else self.learning_rate
 
     def validates(self, step: int) -> bool:
         """True where the state after `step` steps is validated."""
