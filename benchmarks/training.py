@@ -3,12 +3,12 @@
     python benchmarks/training.py MODEL --small DIR
 
 DIR is what `bondsmith compress MODEL` wrote; `--keep 0.3` instead takes random cuts of every matrix. Both models take the same batch in
-turn, in one process: forward, backward and the optimizer's step, cross entropy, embedding and head frozen, Adam for the original, what
-`bondsmith heal` uses for the compressed one. The limit is the ratio of the multiply-adds of a step: trained matrices three times (forward,
-gradient of the inputs, of the weights), frozen ones and the head twice, attention scores three times; a network in the form it is trained
-in, k (O + I). Matrix products are timed by torch's profiler in a step of their own: what is left is attention, norms, activations and the
-softmax over the vocabulary, alike in both, which no network makes less. Memory is the peak of a process of its own that takes two steps,
-less what it held before.
+turn, in one process: forward, backward and the optimizer's step, the cross entropy taken at the head, embedding and head frozen, Adam for
+the original, what `bondsmith heal` uses for the compressed one. The limit is the ratio of the multiply-adds of a step: trained matrices
+three times (forward, gradient of the inputs, of the weights), frozen ones and the head twice, attention scores three times; a network in
+the form it is trained in, k (O + I). Matrix products are timed by torch's profiler in a step of their own: what is left is attention,
+norms, activations and the softmax over the vocabulary, alike in both, which no network makes less. Memory is the peak of a process of its
+own that takes two steps, less what it held before.
 """
 
 from __future__ import annotations
