@@ -142,14 +142,15 @@ class Steps(torch.optim.Optimizer):
             if group["core"]:
                 cores.append((parameter, group))
             else:
-                self._move(parameter, group, _adam_change(parameter, self.state[parameter]))
+                change = _adam_change(parameter, self.state[parameter])
+                _part(parameter).add_(change, alpha=-group["lr"] * self.scale)
         for batch in _alike(cores):
             ahead = [_ahead(parameter, self.state[parameter]) for parameter, _ in batch]
-            for (parameter, group), change in zip(batch, _level(ahead), strict=True):
-                self._move(parameter, group, _share(change, parameter))
-
-    def _move(self, parameter: Tensor, group: dict[str, Any], change: Tensor) -> None:
-        _part(parameter).add_(change, alpha=-group["lr"] * self.scale)
+            moved = [_whole(parameter, like) for (parameter, _), like in zip(batch, ahead, strict=True)]
+            _add_levels(ahead, moved, [-group["lr"] * self.scale for _, group in batch])
+            for (parameter, _), whole in zip(batch, moved, strict=True):
+                if isinstance(parameter, DTensor):
+                    parameter.to_local().add_(_share(whole, parameter))
 
 
 def _alike(cores: list[tuple[nn.Parameter, dict[str, Any]]]) -> Iterator[list[tuple[nn.Parameter, dict[str, Any]]]]:
@@ -175,7 +176,7 @@ def _ahead(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
     assert parameter.grad is not None
     gradient, momentum = _part(parameter.grad), _part(state["momentum"])
     momentum.lerp_(gradient, 1 - MOMENTUM)
-    ahead = gradient.lerp(momentum, MOMENTUM)
+    ahead = gradient.lerp_(momentum, MOMENTUM)
     if not isinstance(parameter, DTensor):
         return ahead
     mesh, places = parameter.device_mesh, parameter.placements
@@ -184,24 +185,25 @@ def _ahead(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
     return whole
 
 
-def _share(change: Tensor, parameter: Tensor) -> Tensor:
+def _whole(parameter: Tensor, like: Tensor) -> Tensor:
+    """What the change of a core is added to: the core, or where a process has only a part of it, zeros of its whole size."""
+    return torch.zeros_like(like) if isinstance(parameter, DTensor) else parameter
+
+
+def _share(change: Tensor, parameter: DTensor) -> Tensor:
     """The part of a change of the whole core that this process makes."""
-    if not isinstance(parameter, DTensor):
-        return change
     return distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
 
-def _level(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the orthogonal polar factors of matrices of the same small side, nearly, scaled to entries of root mean square 1.
+def _add_levels(matrices: Sequence[Tensor], moved: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """Adds to `moved` the orthogonal polar factors of matrices of the same small side, nearly, with entries of root mean square `rates`.
 
     The small side is dealt into strips of at most `_STRIP`, each levelled by itself: what a strip costs grows with its square or cube.
     """
-    levels = [torch.empty_like(matrix) for matrix in matrices]
-    for strips in zip(*(_strips(matrix) for matrix in (*matrices, *levels)), strict=True):
+    for strips in zip(*(_strips(matrix) for matrix in (*matrices, *moved)), strict=True):
         found, places = strips[: len(matrices)], strips[len(matrices) :]
-        for factor, strip, place in zip(_factors(found), found, places, strict=True):
-            torch.mm(factor, strip, out=place)
-    return levels
+        for factor, strip, place, rate in zip(_factors(found), found, places, rates, strict=True):
+            place.addmm_(factor, strip, alpha=rate)
 
 
 def _strips(matrix: Tensor) -> Sequence[Tensor]:
