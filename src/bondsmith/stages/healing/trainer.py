@@ -26,7 +26,8 @@ class HealTrainer(Trainer):
 
     Args:
         teacher: the original, in memory; without it the loss is the cross entropy of the labels.
-        kl_weight, ce_weight, top_k, learning_rate, norm_rate: as in `bondsmith heal`; `TrainingArguments.learning_rate` is not used, its
+        kl_weight, ce_weight, top_k, norm_rate: as in `bondsmith heal`.
+        learning_rate: as there, but taken as it is: give less where little was lost. `TrainingArguments.learning_rate` is not used, its
             schedule is.
     """
 
