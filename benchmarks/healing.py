@@ -50,7 +50,7 @@ def main() -> None:
             rows.append(run(options, keep, passes))
             (options.work / "healing.json").write_text(json.dumps(rows, indent=1))
     original = scores(options, Path(options.model))
-    draw(options.work / "healing.html", rows, original, options.model)
+    draw(options.work / "healing.html", rows, original)
     show(rows, original)
 
 
@@ -110,7 +110,7 @@ def name(row: dict[str, Any]) -> str:
     return f"keep {row['keep']:g}, {'block-wise, then ' if row['blockwise'] else ''}global"
 
 
-def draw(path: Path, rows: list[dict[str, Any]], original: list[dict[str, Any]], model: str) -> None:
+def draw(path: Path, rows: list[dict[str, Any]], original: list[dict[str, Any]]) -> None:
     """Writes the figure: KL, perplexity and scores against tokens, a line per model."""
     panels = []
     for field, title in (("kl", "KL to the original, nats a token"), ("perplexity", "perplexity")):
@@ -126,6 +126,8 @@ def draw(path: Path, rows: list[dict[str, Any]], original: list[dict[str, Any]],
         x = axis("healing tokens, thousands", [p.x for p in points], low=0.0)
         panels.append(Panel(title, lines, x, axis(title, [p.y for p in points], log=True)))
     for k, asked in enumerate(original):
+        if not asked["metric"].startswith("acc"):
+            continue
         title = f"{asked['task']}, {asked['metric']}, {asked['rows']} rows"
         lines = tuple(Line(name(row), tone, tuple(score_points(row, k))) for tone, row in enumerate(rows))
         points = [p for line in lines for p in line.points]
@@ -134,7 +136,7 @@ def draw(path: Path, rows: list[dict[str, Any]], original: list[dict[str, Any]],
         panels.append(Panel(title, lines, x, y, rule=asked["score"]))
     caption = "KL and perplexity are those of held-out windows of the training texts. Drawn by benchmarks/healing.py."
     figure = Curves(tuple(panels), caption, rule="the original" if original else "")
-    write_page(path, f"Accuracy of {model} against healing tokens", [Section("The curve", figures=(figure,))])
+    write_page(path, "Accuracy against healing tokens", [Section("The curve", figures=(figure,))])
 
 
 def score_points(row: dict[str, Any], k: int) -> Iterator[Point]:
