@@ -27,11 +27,7 @@ from bondsmith.stages.healing.losses import Sums, TopK, place_sums, targets
 
 _AT_ONCE = {"cpu": 2**24}  # logits that are looked at together; a few more or less cost time on a CPU
 _AT_ONCE_ELSEWHERE = 2**26
-_KEEPS_NOTHING = (
-    nn.Linear,
-    PackedHead,
-    PackedLinear,
-)  # heads that do not need their logits once they have returned them
+_KEEPS_NOTHING = (nn.Linear, PackedHead, PackedLinear)  # heads that need their logits no longer once they are returned
 
 Run = Callable[[], Tensor]  # the model on the windows, to its logits
 Piece = Callable[[Tensor, slice], Sums]  # of some rows of what enters the head
