@@ -49,14 +49,14 @@ def main() -> None:
         for passes in options.blockwise:
             rows.append(run(options, keep, passes))
             (options.work / "healing.json").write_text(json.dumps(rows, indent=1))
-    original = scores(options, Path(options.model))
+    original = scores(options, place(options, options.keep[0], options.blockwise[0]), "original")
     draw(options.work / "healing.html", rows, original)
     show(rows, original)
 
 
 def run(options: argparse.Namespace, keep: float, passes: int) -> dict[str, Any]:
     """Returns the curve of one model: compressed and healed in DIR, or found there."""
-    small = options.work / f"keep-{keep:g}-blockwise-{passes}"
+    small = place(options, keep, passes)
     healed = small.with_name(small.name + "-healed")
     if not small.exists():
         settings = {"keep": keep, "tokens": options.calibration_tokens, "blockwise": passes} | given(options.compress)
@@ -78,21 +78,29 @@ def run(options: argparse.Namespace, keep: float, passes: int) -> dict[str, Any]
         )
     results = json.loads((healed / "results.json").read_text())
     row = {"keep": keep, "blockwise": passes, "healing": results["healing"], "tasks": {}}
-    for label, place in (("fitted", small), ("healed", healed)):
-        row["tasks"][label] = scores(options, place)
+    for label, directory in (("fitted", small), ("healed", healed)):
+        row["tasks"][label] = scores(options, directory)
     return row
 
 
-def scores(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
-    """Returns the scores of one model, asked once: they are kept in DIR."""
+def place(options: argparse.Namespace, keep: float, passes: int) -> Path:
+    """Returns where a compressed model lies in DIR."""
+    where: Path = options.work / f"keep-{keep:g}-blockwise-{passes}"
+    return where
+
+
+def scores(options: argparse.Namespace, directory: Path, which: str = "compressed") -> list[dict[str, Any]]:
+    """Returns the scores of a compressed model, or of its original, asked once: they are kept in DIR."""
     names = [n for n in options.tasks.split(",") if n]
     if not names:
         return []
     kept = options.work / "scores.json"
     found = json.loads(kept.read_text()) if kept.is_file() else {}
-    key = f"{place.name} {options.tasks} {options.limit}"
+    against = options.model if which == "original" else None
+    key = f"{directory.name if against is None else which} {options.tasks} {options.limit}"
     if key not in found:
-        found[key] = score(place, names, data=options.data, limit=options.limit)
+        rows = score(directory, names, data=options.data, limit=options.limit, against=against)
+        found[key] = [row for row in rows if row["model"] == which]
         kept.write_text(json.dumps(found, indent=1))
     asked: list[dict[str, Any]] = found[key]
     return asked

@@ -156,6 +156,17 @@ def test_matrices_that_lost_channels_are_trained_too(home: Path, tmp_path: Path)
     assert reduced <= changed
 
 
+def test_a_model_whose_logits_are_not_what_its_head_returns_takes_the_same_steps(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_head = heal(home, tmp_path / "head", evaluate=False).healing["curve"]
+    monkeypatch.setattr(loop, "fits", lambda *args: False)
+    monkeypatch.delattr(loop, "head_sums")
+    by_logits = heal(home, tmp_path / "logits", evaluate=False).healing["curve"]
+    assert [e["kl"] for e in by_logits] == pytest.approx([e["kl"] for e in at_head], rel=1e-4)
+    assert len({round(e["kl"], 4) for e in by_logits}) > 1
+
+
 @pytest.mark.parametrize("rate", [None, 0.0003])
 def test_where_little_was_lost_steps_are_smaller(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float | None
