@@ -12,6 +12,7 @@ relative to the size of its own entries: cores of one model differ a hundredfold
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from bondsmith.nn.packed import PackedMatrix
 MOMENTUM = 0.95
 BETAS = (0.9, 0.95)
 _DENSE = (nn.Linear, nn.Embedding, Conv1D)
-_STRIP = 128  # rows of a core that are made orthogonal to each other
+_STRIP = 64  # rows of a core that are made orthogonal to each other
 _TOGETHER = 2**24  # numbers of cores that are levelled together
 _TINY = 1e-18  # of norms that are divided by; its square is a float32
 _SIZE_OF_ZEROS = 1e-2  # by which tensors move that are zero at the start
@@ -144,7 +145,7 @@ class Steps(torch.optim.Optimizer):
             else:
                 change = _adam_change(parameter, self.state[parameter])
                 _part(parameter).add_(change, alpha=-group["lr"] * self.scale)
-        for batch in _alike(cores):
+        for batch in _batches(cores):
             ahead = [_ahead(parameter, self.state[parameter]) for parameter, _ in batch]
             moved = [_whole(parameter, like) for (parameter, _), like in zip(batch, ahead, strict=True)]
             _add_levels(ahead, moved, [-group["lr"] * self.scale for _, group in batch])
@@ -153,12 +154,11 @@ class Steps(torch.optim.Optimizer):
                     parameter.to_local().add_(_share(whole, parameter))
 
 
-def _alike(cores: list[tuple[nn.Parameter, dict[str, Any]]]) -> Iterator[list[tuple[nn.Parameter, dict[str, Any]]]]:
-    """Yields cores of the same small side together, up to `_TOGETHER` numbers; on every process the same ones in the same order."""
+def _batches(cores: list[tuple[nn.Parameter, dict[str, Any]]]) -> Iterator[list[tuple[nn.Parameter, dict[str, Any]]]]:
+    """Yields cores together, up to `_TOGETHER` numbers; on every process the same ones in the same order."""
     batch: list[tuple[nn.Parameter, dict[str, Any]]] = []
-    for core in sorted(cores, key=lambda core: min(core[0].shape)):
-        sizes = [parameter.numel() for parameter, _ in (*batch, core)]
-        if batch and (min(batch[0][0].shape) != min(core[0].shape) or sum(sizes) > _TOGETHER):
+    for core in cores:
+        if batch and sum(parameter.numel() for parameter, _ in (*batch, core)) > _TOGETHER:
             yield batch
             batch = []
         batch.append(core)
@@ -196,25 +196,34 @@ def _share(change: Tensor, parameter: DTensor) -> Tensor:
 
 
 def _add_levels(matrices: Sequence[Tensor], moved: Sequence[Tensor], rates: Sequence[float]) -> None:
-    """Adds to `moved` the orthogonal polar factors of matrices of the same small side, nearly, with entries of root mean square `rates`.
+    """Adds to `moved` the orthogonal polar factors of matrices, nearly, with entries of root mean square `rates`.
 
     The small side is dealt into strips of at most `_STRIP`, each levelled by itself: what a strip costs grows with its square or cube.
     """
-    for strips in zip(*(_strips(matrix) for matrix in (*matrices, *moved)), strict=True):
-        found, places = strips[: len(matrices)], strips[len(matrices) :]
-        for factor, strip, place, rate in zip(_factors(found), found, places, rates, strict=True):
-            place.addmm_(factor, strip, alpha=rate)
+    alike = defaultdict(list)  # by their height
+    for matrix, whole, rate in zip(matrices, moved, rates, strict=True):
+        for strips, places in zip(_strips(matrix), _strips(whole), strict=True):
+            alike[strips.shape[1]].append((strips, places, rate))
+    for group in alike.values():
+        factors = _factors([strips for strips, _, _ in group]).split([len(strips) for strips, _, _ in group])
+        for factor, (strips, places, rate) in zip(factors, group, strict=True):
+            places.baddbmm_(factor, strips, alpha=rate)
 
 
-def _strips(matrix: Tensor) -> Sequence[Tensor]:
-    """Views of the parts of a matrix that are levelled by themselves, as wide matrices."""
+def _strips(matrix: Tensor) -> Iterator[Tensor]:
+    """Yields views of the parts of a matrix that are levelled by themselves, as wide matrices of one height: at most two stacks."""
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    return wide.tensor_split(-(-len(wide) // _STRIP)) if len(wide) else ()
+    count = -(-len(wide) // _STRIP)
+    height, higher = divmod(len(wide), count or 1)
+    edge = higher * (height + 1)
+    for rows, strips in ((wide[:edge], higher), (wide[edge:], count - higher)):
+        if strips:
+            yield rows.unflatten(0, (strips, -1))
 
 
-def _factors(strips: Sequence[Tensor]) -> Tensor:
-    """Returns what strips of the same height are multiplied by; all steps are on their Gram matrices, whose polynomials commute."""
-    gram = torch.stack([x @ x.T for x in strips])
+def _factors(stacks: Sequence[Tensor]) -> Tensor:
+    """Returns what strips of one height are multiplied by; all steps are on their Gram matrices, whose polynomials commute."""
+    gram = torch.cat([x @ x.mT for x in stacks])
     norms = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt() + _TINY
     start = gram = gram / norms.square()[:, None, None]
     square = gram @ gram
@@ -230,7 +239,7 @@ def _factors(strips: Sequence[Tensor]) -> Tensor:
             square = gram @ gram
     assert product is not None
     sizes = ((product @ start) * product).sum((-2, -1)).clamp_min(0).sqrt() * norms  # Frobenius norms of what comes out
-    counts = sizes.new_tensor([x.numel() for x in strips])
+    counts = torch.cat([sizes.new_full((len(x),), x[0].numel()) for x in stacks])
     return product * (counts.sqrt() / (sizes + _TINY))[:, None, None]
 
 

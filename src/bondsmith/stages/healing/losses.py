@@ -97,7 +97,7 @@ def place_sums(
 ) -> Sums:
     """Returns the sums over some places; words and teacher have a row for each.
 
-    With `consumes` the gradient is written over the logits.
+    With `consumes` the logits are written over.
     """
     logp: Tensor = _LogProbabilities.apply(logits_MV, places_N, words_NK, consumes)
     kl = divergence(logp[:, 1:], teacher).sum() if teacher is not None else logp.new_zeros(())
@@ -109,38 +109,46 @@ class _LogProbabilities(torch.autograd.Function):
     """The log-probabilities of some words at some places: `(logits - logsumexp)[places, words]`, float32; places rise.
 
     Autograd's own way, by `log_softmax`, an index and a gather, writes six arrays as large as the logits; this one their gradient alone.
+    Logits that may be written over become their exponentials at once, and those the gradient: no exponential is taken twice.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, places_N: Tensor, words_NK: Tensor, consumes: bool) -> Tensor:
-        sizes = [
-            logits_MV[rows].float().logsumexp(-1)[places_N[counted] - rows.start]
-            for rows, counted in _pieces(logits_MV, places_N)
-            if counted.start < counted.stop
-        ]
-        sizes_N = torch.cat(sizes) if sizes else places_N.new_empty(0, dtype=torch.float32)
-        ctx.save_for_backward(logits_MV, places_N, words_NK, sizes_N)
-        ctx.consumes = consumes
-        return logits_MV[places_N[:, None], words_NK].float() - sizes_N[:, None]
+        chosen_NK = logits_MV[places_N[:, None], words_NK].float()
+        ctx.consumes = consumes and ctx.needs_input_grad[0] and logits_MV.is_contiguous()
+        ctx.kept = ctx.consumes and logits_MV.dtype == torch.float32
+        logits_MV = logits_MV.detach()  # of what may be a view that a custom function returned
+        size_M = torch.zeros(len(logits_MV), device=logits_MV.device)
+        sum_M = torch.ones_like(size_M)
+        for rows, counted in _pieces(logits_MV, places_N):
+            if counted.start == counted.stop:
+                continue
+            if ctx.kept:
+                top_R = logits_MV[rows].amax(-1)
+                sum_M[rows] = logits_MV[rows].sub_(top_R[:, None]).exp_().sum(-1)
+                size_M[rows] = top_R + sum_M[rows].log()
+            else:
+                size_M[rows] = logits_MV[rows].float().logsumexp(-1)
+        ctx.save_for_backward(logits_MV, places_N, words_NK, sum_M if ctx.kept else size_M)
+        return chosen_NK - size_M[places_N, None]
 
     @staticmethod
     def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor, None, None, None]:
-        logits_MV, places_N, words_NK, sizes_N = ctx.saved_tensors
-        total_N = gradient_NK.sum(-1)
-        kept = ctx.consumes and logits_MV.is_contiguous()
-        gradient_MV = logits_MV if kept else torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
+        logits_MV, places_N, words_NK, size_M = ctx.saved_tensors
+        total_M = torch.zeros_like(size_M).index_copy_(0, places_N, -gradient_NK.sum(-1))
+        gradient_MV = logits_MV if ctx.consumes else torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
         wide = gradient_MV.dtype == torch.float32
         for rows, counted in _pieces(logits_MV, places_N):
             part = gradient_MV[rows]
             if counted.start == counted.stop:
                 part.zero_()
                 continue
-            there = places_N[counted] - rows.start
-            size_R = sizes_N.new_full((len(part),), torch.inf).index_copy_(0, there, sizes_N[counted])  # others: exp 0
-            total_R = total_N.new_zeros(len(part)).index_copy_(0, there, total_N[counted])
-            found = torch.sub(logits_MV[rows], size_R[:, None], out=part if wide else None)
-            found.exp_().mul_(-total_R[:, None])
-            flat = there[:, None] * found.shape[1] + words_NK[counted]
+            if ctx.kept:
+                found = part.mul_((total_M[rows] / size_M[rows])[:, None])
+            else:
+                found = torch.sub(logits_MV[rows], size_M[rows, None], out=part if wide else None)
+                found.exp_().mul_(total_M[rows, None])
+            flat = (places_N[counted, None] - rows.start) * found.shape[1] + words_NK[counted]
             found.view(-1).scatter_add_(0, flat.flatten(), gradient_NK[counted].flatten())
             if not wide:
                 part.copy_(found)
