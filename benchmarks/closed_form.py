@@ -1,9 +1,9 @@
 """Time of closed-form compression (moments, networks, saving; no evaluation) in forward passes over the same tokens.
 
-    python benchmarks/closed_form.py MODEL --calibration FILE ... --tokens 32768 [--recipe fast | --profile]
+    python benchmarks/closed_form.py MODEL --calibration FILE ... --tokens 32768 [--recipe fast | --profile DIR]
 
 Times one forward pass of the whole model over the calibration tokens before and after the compression, in the same process; with
---profile before and after `bondsmith profile`.
+--profile before and after `bondsmith profile`, whose profile goes to DIR.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--metric", default="loss")
     parser.add_argument("--no-propagate", action="store_true")
     parser.add_argument("--recipe", type=Path, help="file or name of a recipe")
-    parser.add_argument("--profile", action="store_true", help="time the profile alone")
+    parser.add_argument("--profile", type=Path, help="time the profile alone, and write it here")
     parser.add_argument("--set", nargs="*", default=[], help="other settings, e.g. gradient_share=0.5")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def main() -> None:
         recipe = Recipe.read(options.recipe, **settings) if options.recipe else Recipe.from_settings(settings)
         start = time.perf_counter()
         if options.profile:
-            stages = profile_seconds(source.path, Path(folder) / "profile", recipe)
+            stages = profile_seconds(source.path, options.profile, recipe)
         else:
             stages = bondsmith.compress(source.path, Path(folder) / "out", recipe, evaluate=False).results["seconds"]
         seconds = time.perf_counter() - start
