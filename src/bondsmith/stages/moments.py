@@ -318,12 +318,12 @@ class _OutputMoment:
     @property
     def squares(self) -> Tensor:
         """Of the norms of the rows that came last, (T,)."""
-        return self.came[-1].square().sum(1)
+        return torch.linalg.vector_norm(self.came[-1], dim=1).square()
 
     def take(self, weights_T: Tensor | None) -> None:
         """Adds the rows that came, those of tokens with weights over their roots."""
         for rows in self.came:
-            self._squares += float(rows.square().sum())
+            self._squares += float(torch.linalg.vector_norm(rows)) ** 2
             own = rows if weights_T is None else rows / weights_T.sqrt()[:, None]
             self._moment.add(own)
             if self.shares is not None:
