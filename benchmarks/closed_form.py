@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="time the profile alone, and write it here")
     parser.add_argument("--set", nargs="*", default=[], help="other settings, e.g. gradient_share=0.5")
     options = parser.parse_args()
+    if options.profile is not None and options.profile.exists():
+        parser.error(f"--profile: {options.profile} is there already")
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(options.model, Path(folder) / "source")
         tokenizer = load_tokenizer(source.path)

@@ -109,7 +109,7 @@ class _LogProbabilities(torch.autograd.Function):
     """The log-probabilities of some words at some places: `(logits - logsumexp)[places, words]`, float32; places rise.
 
     Autograd's own way, by `log_softmax`, an index and a gather, writes six arrays as large as the logits; this one their gradient alone.
-    Logits that may be written over become their exponentials at once, and those the gradient: no exponential is taken twice.
+    Logits in float32 that may be written over become their exponentials at once, and those the gradient: none is taken twice.
     """
 
     @staticmethod
@@ -129,12 +129,12 @@ class _LogProbabilities(torch.autograd.Function):
                 size_M[rows] = top_R + sum_M[rows].log()
             else:
                 size_M[rows] = logits_MV[rows].float().logsumexp(-1)
-        ctx.save_for_backward(logits_MV, places_N, words_NK, sum_M if ctx.kept else size_M)
+        ctx.save_for_backward(logits_MV, places_N, words_NK, size_M, sum_M)
         return chosen_NK - size_M[places_N, None]
 
     @staticmethod
     def backward(ctx: Any, gradient_NK: Tensor) -> tuple[Tensor, None, None, None]:
-        logits_MV, places_N, words_NK, size_M = ctx.saved_tensors
+        logits_MV, places_N, words_NK, size_M, sum_M = ctx.saved_tensors
         total_M = torch.zeros_like(size_M).index_copy_(0, places_N, -gradient_NK.sum(-1))
         gradient_MV = logits_MV if ctx.consumes else torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
         wide = gradient_MV.dtype == torch.float32
@@ -144,7 +144,7 @@ class _LogProbabilities(torch.autograd.Function):
                 part.zero_()
                 continue
             if ctx.kept:
-                found = part.mul_((total_M[rows] / size_M[rows])[:, None])
+                found = part.mul_((total_M[rows] / sum_M[rows])[:, None])
             else:
                 found = torch.sub(logits_MV[rows], size_M[rows, None], out=part if wide else None)
                 found.exp_().mul_(total_M[rows, None])
