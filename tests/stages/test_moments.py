@@ -14,7 +14,7 @@ import bondsmith
 from bondsmith.data import read_windows
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.source import load_tokenizer
-from bondsmith.model.tracing import added_to_stream, trace_groups
+from bondsmith.model.tracing import added_to_stream, gradient_only, trace_groups
 from bondsmith.recipe import Recipe, RecipeError
 from bondsmith.stages import moment_files, moments
 from bondsmith.stages.streams import Stream
@@ -83,6 +83,31 @@ def test_what_is_added_to_the_stream_is_found_by_running_the_block(family: str) 
     writers = {g.names[0] for g in groups if g.writes}
     assert len(writers) == 2
     assert found == (set() if family == "gemma3_text" else writers)  # after Gemma's matrices comes a norm
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_back_needs_no_output_that_is_only_added(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, left_out = tiny_model(family), []
+
+    def noted(matrix: torch.nn.Module) -> Any:
+        left_out.append(matrix)
+        return gradient_only(matrix)
+
+    for folder in ("short", "whole"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(moments, "gradient_only", noted)
+    run_moments(model, tmp_path / "short", IDS)
+    assert len(left_out) == (0 if family == "gemma3_text" else 3)
+    assert not any("forward" in vars(matrix) for matrix in left_out)
+    monkeypatch.setattr(moments, "added_to_stream", lambda *args: set())
+    run_moments(model, tmp_path / "whole", IDS)
+    for k in range(3):
+        short, whole = (load_file(tmp_path / f / f"block-{k}.safetensors") for f in ("short", "whole"))
+        assert short.keys() == whole.keys()
+        for name, tensor in whole.items():
+            assert torch.allclose(short[name], tensor, rtol=1e-4, atol=1e-6 * float(tensor.abs().max())), name
 
 
 def test_the_stream_is_brought_back_to_the_original(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,31 @@ def added_to_stream(block: nn.Module, groups: list[Group], entering: Tensor, run
             if rest.norm() <= 1e-3 * given[0].norm() + 1e-6 * entering.norm():
                 found.add(name)
     return found
+
+
+@contextmanager
+def gradient_only(matrix: nn.Module) -> Iterator[None]:
+    """Has `matrix` give zeros meanwhile, with the gradient of what it would have given: for outputs that are only added to others.
+
+    A pass back through a block needs no product with its last matrix on the way forward.
+    """
+    matrix.forward = lambda rows: _GradientOnly.apply(rows, weight(matrix))
+    try:
+        yield
+    finally:
+        del matrix.forward  # that of its class comes back
+
+
+class _GradientOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(W)
+        return rows.new_zeros(*rows.shape[:-1], len(W))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (W,) = ctx.saved_tensors
+        return gradient @ W, None
 
 
 class _ReachedError(Exception):

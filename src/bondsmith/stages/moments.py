@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +18,15 @@ from torch import Tensor, nn
 from bondsmith.model.blocks import BlockRunner, matrices, shape, weight
 from bondsmith.model.checkpoint import write_json, write_shard
 from bondsmith.model.source import ModelError
-from bondsmith.model.tracing import Group, HiddenBond, capture_inputs, find_hidden_bonds, trace_groups
+from bondsmith.model.tracing import (
+    Group,
+    HiddenBond,
+    added_to_stream,
+    capture_inputs,
+    find_hidden_bonds,
+    gradient_only,
+    trace_groups,
+)
 from bondsmith.stages.moment import Moment, gradient_weights, stream_weights
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.hybrid import UnseenShares
@@ -218,6 +228,15 @@ class _BlockSeen:
             bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
         return cls(runner, block, k, ids, groups, bonds, [Moment(g.in_features, device) for g in groups], {})
 
+    def unneeded(self, entering: Stream) -> nn.Module | None:
+        """Returns the matrix whose output nothing else in the block reads, and which the block adds to what leaves it; None without one."""
+        if not self.groups or not self.groups[-1].last:
+            return None
+        rows = entering.read(0, 1).to(block_device(self.block))
+        run = partial(self.runner.block, self.k, self.ids[:1], rows)
+        name = self.groups[-1].names[0]
+        return self.block.get_submodule(name) if name in added_to_stream(self.block, self.groups, rows, run) else None
+
     def run(self, first: int, rows: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Runs some windows; returns what entered the block, on its device, what leaves it, and what each group reads."""
         leaf = rows.to(block_device(self.block))
@@ -287,8 +306,10 @@ def _block_moments(
                 moment.take(weights.get(name))
             yield gradient
 
+    unneeded = seen.unneeded(streams[k])
     try:
-        gradients[k].write(back())
+        with gradient_only(unneeded) if unneeded else nullcontext():
+            gradients[k].write(back())
     finally:
         for handle in handles:
             handle.remove()

@@ -140,7 +140,7 @@ class UnseenShares:
         """Adds rows `g`."""
         rows = rows_TO * self._steps
         self._taken += (rows @ self._directions).square().sum(0)
-        self._whole += rows.square().sum()
+        self._whole += torch.linalg.vector_norm(rows) ** 2
 
     def left(self) -> Tensor:
         """The shares at bonds 0, 1, ... up to 64, float64; ones where no row was seen."""
