@@ -3,8 +3,9 @@
     python benchmarks/linear.py [--keep 0.5 0.3] [--tokens 1 64 1024] [--models smollm2 llama2 llama3]
 
 `limit` is the time of `nn.Linear` times the ratio of multiply-adds; 1.00 means the network turned every saved
-multiply-add into saved time. Original and network alternate, the fastest of several rounds counts. A gauged cut is held
-to `k (O + I - k)` multiply-adds, a plain one to `k (O + I)`. Backward includes the forward pass.
+multiply-add into saved time; `products` are the two products of the cut with no layer around them. All alternate, the
+fastest of several rounds counts. A gauged cut is held to `k (O + I - k)` multiply-adds, a plain one to `k (O + I)`.
+Backward includes the forward pass.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ def network(spec: str, gauge: bool, keep: float, shape: tuple[int, int]) -> MPOL
     if layer.pivots is not None:
         layer.pivots.copy_(torch.randperm(shape[0]))
     return layer
+
+
+class Products(nn.Module):
+    """Two products of matrices: what a cut takes where a layer costs nothing."""
+
+    def __init__(self, cut: MPOLinear):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(torch.randn_like(core.weight)) for core in cut.cores)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.right.T @ self.left.T
 
 
 def once(layer: nn.Module, x: Tensor, gradient: Tensor | None) -> float:
@@ -68,15 +80,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     names = [spec + (" gauge" if gauge else "") for spec, gauge in KINDS]
-    heads = ["dense ms", *names]
+    heads = ["dense ms", "products", *names]
     print(f"{options.threads} threads; fraction of the multiply-add limit, forward / forward and backward")
     print(f"| model, matrix, keep, tokens | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     for model in options.models:
         for shape in SHAPES[model]:
             dense = nn.Linear(shape[1], shape[0], bias=False)
             for keep in options.keep:
-                layers = [network(spec, gauge, keep, shape) for spec, gauge in KINDS]
-                ratios = [la.sites.multiply_adds(la.bonds, la.gauge) / (shape[0] * shape[1]) for la in layers]
+                networks = [network(spec, gauge, keep, shape) for spec, gauge in KINDS]
+                ratios = [n.sites.multiply_adds(n.bonds, n.gauge) / (shape[0] * shape[1]) for n in networks]
+                layers, ratios = [Products(networks[0]), *networks], [ratios[0], *ratios]
                 for tokens in options.tokens:
                     x, gradient = torch.randn(tokens, shape[1], requires_grad=True), torch.randn(tokens, shape[0])
                     forward, both = (race([dense, *layers], x, g, options.seconds) for g in (None, gradient))
