@@ -149,6 +149,8 @@ def test_no_tokenizer(tmp_path: Path, text: Path) -> None:
         ({"dtype": "int3"}, "dtype: 'int3'"),
         ({"tokens": 10}, "tokens: 10 do not fill one window of 32"),
         ({"tokens": 1.5}, "tokens: 1.5 is not a whole number"),
+        ({"sites": 3}, "sites: 3 is not a text"),
+        ({"damping": None}, "damping: None is not a number"),
         ({"propagation_strength": 2}, "propagation_strength: 2 is not in"),
         ({"propagation_parts": 0}, "propagation_parts: 0 is less than 1"),
         ({"damping": 0.0}, "damping: 0.0 is not in"),

@@ -25,6 +25,12 @@ def test_a_recipe_is_valid(path: Path) -> None:
     assert Recipe.from_settings(recipe.to_dict()) == recipe
 
 
+def test_paths_may_be_given_as_such(tmp_path: Path) -> None:
+    recipe = Recipe(keep=0.5, profile=tmp_path)  # type: ignore[arg-type]
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.read(tmp_path / "recipe.yaml").profile == str(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model wide enough for scales and headers not to decide its size."""

@@ -20,6 +20,12 @@ GROUPS = (32, 64, 128)  # columns that may share a scale in a plan
 ROUNDINGS = ("compensated", "searched", "nearest")
 METRICS = ("frobenius", "input", "loss")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+_KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "not a whole number"),
+    "float": (int | float, "not a number"),
+    "bool": (bool, "neither true nor false"),
+    "str": (str, "not a text"),
+}
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SITES = re.compile(r"auto|matrix|interleaved:[2-9]|thin:[1-9]\d*|(\(\d+,\d+\))+")
 
@@ -122,8 +128,9 @@ class Recipe:
             if not isinstance(value, str | list | tuple) or not all(isinstance(v, str) for v in value):
                 raise RecipeError(f"{name}: {value!r} is neither a text nor a list of texts")
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if self.bytes is not None:
-            object.__setattr__(self, "bytes", str(self.bytes))
+        for name in ("bytes", "plan", "profile"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, str(value))
         bits = (self.bits,) if isinstance(self.bits, int) else self.bits
         object.__setattr__(self, "bits", tuple(bits))
         self._check_types()
@@ -131,38 +138,14 @@ class Recipe:
         self._check()
 
     def _check_types(self) -> None:
-        for name in (
-            "tokens",
-            "window",
-            "evaluation_windows",
-            "blockwise",
-            "blockwise_ahead",
-            "seed",
-            "group",
-            "probe_windows",
-            "propagation_parts",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise RecipeError(f"{name}: {value!r} is not a whole number")
-        numbers = (
-            "keep",
-            "multiply_adds",
-            "loss",
-            "propagation_strength",
-            "stream_strength",
-            "gradient_share",
-            "damping",
-            "blockwise_rate",
-            "blockwise_view",
-        )
-        for name in numbers:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float | None):
-                raise RecipeError(f"{name}: {value!r} is not a number")
-        for name in ("propagate", "gauge", "uniform", "channels", "symmetric"):
-            if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"{name}: {getattr(self, name)!r} is neither true nor false")
+        for one in fields(self):
+            kind, _, none = str(one.type).partition(" | ")
+            value = getattr(self, one.name)
+            if kind not in _KINDS or (none and value is None):
+                continue
+            types, needed = _KINDS[kind]
+            if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+                raise RecipeError(f"{one.name}: {value!r} is {needed}")
 
     def _check(self) -> None:
         self._check_budgets()
