@@ -33,6 +33,7 @@ from bondsmith.tensor.hybrid import UnseenShares
 
 _OVERFLOW = 1e18  # the square of an activation this large leaves float32 in a sum
 _PIECE = 32  # tokens whose probabilities fit a cache
+_FEW = 64  # tokens on which it is tried what a block does with what its matrices give
 
 
 def block_inputs(
@@ -223,17 +224,17 @@ class _BlockSeen:
     def of(cls, runner: BlockRunner, block: nn.Module, k: int, ids: Tensor, entering: Stream) -> _BlockSeen:
         device = block_device(block)
         with torch.no_grad():
-            first_window = entering.read(0, 1).to(device)
-            groups = trace_groups(block, lambda: runner.block(k, ids[:1], first_window))
-            bonds = find_hidden_bonds(block, groups, lambda: runner.block(k, ids[:1], first_window))
+            rows = entering.read(0, 1).to(device)
+            groups = trace_groups(block, partial(runner.block, k, ids[:1], rows))
+            bonds = find_hidden_bonds(block, groups, partial(runner.block, k, ids[:1, :_FEW], rows[:, :_FEW]))
         return cls(runner, block, k, ids, groups, bonds, [Moment(g.in_features, device) for g in groups], {})
 
     def unneeded(self, entering: Stream) -> nn.Module | None:
         """Returns the matrix whose output nothing else in the block reads, and which the block adds to what leaves it; None without one."""
         if not self.groups or not self.groups[-1].last:
             return None
-        rows = entering.read(0, 1).to(block_device(self.block))
-        run = partial(self.runner.block, self.k, self.ids[:1], rows)
+        rows = entering.read(0, 1)[:, :_FEW].to(block_device(self.block))
+        run = partial(self.runner.block, self.k, self.ids[:1, :_FEW], rows)
         name = self.groups[-1].names[0]
         return self.block.get_submodule(name) if name in added_to_stream(self.block, self.groups, rows, run) else None
 
