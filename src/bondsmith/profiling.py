@@ -35,7 +35,7 @@ from bondsmith.model.source import (
 )
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import RunError
-from bondsmith.stages import describe, moment_files, moments
+from bondsmith.stages import describe, gradients, moment_files, moments
 from bondsmith.stages.layer_settings import LayerSettings as LayerSettings
 from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.probe import Probe, measure_probes
@@ -294,11 +294,11 @@ class _Run:
         with torch.no_grad():
             width = self.runner.enter(ids[:1, :2]).shape[-1]
         loss, count = self.settings.metric == "loss", len(self.runner)
-        last = count if loss else max(blocks)
-        streams = [Stream(folder / f"hidden-{k}", (*ids.shape, width)) for k in range(last + 1)]
-        total = len(streams) + (count if loss else len(streams))
-        steps = iter(range(1, total + 1))
         with self.stage("moments"):
+            last = count - gradients.blocks_together(self.runner, self._load, ids, batch) if loss else max(blocks)
+            streams = [Stream(folder / f"hidden-{k}", (*ids.shape, width)) for k in range(last + 1)]
+            total = len(streams) + (count if loss else len(streams))
+            steps = iter(range(1, total + 1))
 
             def advance() -> None:
                 self.progress("moments", next(steps) / total)
@@ -306,14 +306,14 @@ class _Run:
             moments.block_inputs(self.runner, self._load, ids, streams, batch, advance)
             make = moments.input_moments
             if loss:
-                make = partial(moments.output_moments, seed=self.settings.seed, hybrids=False)
+                make = partial(gradients.output_moments, seed=self.settings.seed, hybrids=False)
                 self.B = partial(moment_files.load_output_moments, folder)
             make(self.runner, self._load, ids, streams, folder, batch=batch, advance=advance)
             self.C = partial(moment_files.load_input_moments, folder)
 
     def _block(self, k: int, points: list[tuple[float, MatrixPlan]]) -> Iterator[list[LayerPoint]]:
         """Yields the points of block k: matrix by matrix where the model is in memory, else all at once, to load blocks once only."""
-        self._load(k)
+        self._load(range(k, k + 1))
         C, B = self.C(k), self.B(k)
         prefix = f"{self.runner.path}.{k}."
         ready: list[_Cut] = []
@@ -368,16 +368,18 @@ class _Run:
             scores.setdefault(row.model, []).append(Score(row.task, row.metric, row.rows, row.score, row.stderr))
         return scores
 
-    def _load(self, k: int) -> nn.Module:
-        """Returns block k with its weights; where the model is not in memory, the others give theirs back."""
-        block = self.runner.blocks[k]
+    def _load(self, wanted: range) -> list[nn.Module]:
+        """Returns some blocks with their weights; where the model is not in memory, the others give theirs back."""
+        blocks = list(self.runner.blocks)
         if not self.whole:
-            for other in self.runner.blocks:
-                empty(other)
-            prefix = f"{self.runner.path}.{k}."
-            names = [n for n in self.source.places if n.startswith(prefix)]
-            fill(block, {n.removeprefix(prefix): t for n, t in self.source.read(names).items()}, self.device)
-        return block
+            for k, block in enumerate(blocks):
+                if k not in wanted:
+                    empty(block)
+            for k in wanted:
+                prefix = f"{self.runner.path}.{k}."
+                names = [n for n in self.source.places if n.startswith(prefix)]
+                fill(blocks[k], {n.removeprefix(prefix): t for n, t in self.source.read(names).items()}, self.device)
+        return [blocks[k] for k in wanted]
 
     def _fill_outside(self) -> None:
         if not self.whole:

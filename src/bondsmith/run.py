@@ -25,7 +25,7 @@ from bondsmith.model.checkpoint import open_model, write_json
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
-from bondsmith.stages import moment_files, moments
+from bondsmith.stages import gradients, moment_files, moments
 from bondsmith.stages.estimate import gradient_windows
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
 from bondsmith.stages.fitting import LEAST_DAMPING
@@ -364,28 +364,32 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         ids = self.gradient_ids(job)
         count = len(job.runner)
-        streams = [Stream(folder / f"hidden-{k}", (*ids.shape, job.width)) for k in range(count + 1)]
-        steps = iter(range(1, 2 * count + 2))
         with self.stage("gradients"):
 
-            def advance() -> None:
-                self.progress("gradients", next(steps) / (2 * count + 1))
-
-            def load(k: int) -> torch.nn.Module:
+            def load(blocks: range) -> list[torch.nn.Module]:
                 for other in range(count):
-                    empty(job.runner.blocks[other])
-                return job.load(k)
+                    if other not in blocks:
+                        empty(job.runner.blocks[other])
+                return [job.load(k) for k in blocks]
+
+            start = count - gradients.blocks_together(job.runner, load, ids, job.batch) if back else count - 1
+            streams = [Stream(folder / f"hidden-{k}", (*ids.shape, job.width)) for k in range(start + 1)]
+            total = len(streams) + count
+            steps = iter(range(1, total + 1))
+
+            def advance() -> None:
+                self.progress("gradients", next(steps) / total)
 
             moments.block_inputs(job.runner, load, ids, streams, job.batch, advance)
             make = (
-                partial(moments.output_moments, seed=self.recipe.seed, hybrids=hybrids)
+                partial(gradients.output_moments, seed=self.recipe.seed, hybrids=hybrids)
                 if back
                 else moments.input_moments
             )
             make(job.runner, load, ids, streams, folder, batch=job.batch, advance=advance)
         write_json(job.work / "fisher.done", True)
-        for stream in streams:
-            stream.remove()
+        for path in (*folder.glob("hidden-*"), *folder.glob("gradient-*")):
+            path.unlink()
 
 
 def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.source import load_tokenizer
 from bondsmith.model.tracing import added_to_stream, gradient_only, trace_groups
 from bondsmith.recipe import Recipe, RecipeError
-from bondsmith.stages import moment_files, moments
+from bondsmith.stages import gradients, moment_files, moments
 from bondsmith.stages.streams import Stream
 
 
@@ -27,7 +27,7 @@ def test_random_signs_sample_the_fisher_information() -> None:
     generator = torch.Generator().manual_seed(0)
     found = torch.zeros(3, 32, 32)
     for _ in range(3000):
-        gradient, _ = moments._head_gradient(runner, IDS[:1, :3], hidden.clone().requires_grad_(), generator)
+        gradient, _ = gradients._head_gradient(runner, IDS[:1, :3], hidden.clone().requires_grad_(), generator)
         found += torch.einsum("ti,tj->tij", gradient[0], gradient[0]) / 3000
     norm = model.model.norm
     logits = head @ norm(hidden).detach()[0].T
@@ -40,16 +40,18 @@ def test_random_signs_sample_the_fisher_information() -> None:
         assert (found[t] - exact).norm() < 0.1 * exact.norm()
 
 
-def run_moments(model: Any, folder: Path, ids: torch.Tensor) -> BlockRunner:
+def run_moments(model: Any, folder: Path, ids: torch.Tensor, together: int = 0) -> BlockRunner:
     runner = BlockRunner(model.requires_grad_(False))
-    streams = [Stream(folder / f"hidden-{k}", (*ids.shape, 32)) for k in range(len(runner) + 1)]
 
-    def load(k: int) -> torch.nn.Module:
-        return runner.blocks[k]
+    def load(blocks: range) -> list[torch.nn.Module]:
+        return [runner.blocks[k] for k in blocks]
+
+    start = len(runner) - (together or gradients.blocks_together(runner, load, ids, 2))
+    streams = [Stream(folder / f"hidden-{k}", (*ids.shape, 32)) for k in range(start + 1)]
 
     moments.block_inputs(runner, load, ids, streams, 2, lambda: None)
     options: dict[str, Any] = {"batch": 2, "seed": 0, "hybrids": False, "advance": lambda: None}
-    moments.output_moments(runner, load, ids, streams, folder, **options)
+    gradients.output_moments(runner, load, ids, streams, folder, **options)
     return runner
 
 
@@ -97,12 +99,12 @@ def test_a_pass_back_needs_no_output_that_is_only_added(
 
     for folder in ("short", "whole"):
         (tmp_path / folder).mkdir()
-    monkeypatch.setattr(moments, "gradient_only", noted)
-    run_moments(model, tmp_path / "short", IDS)
-    assert len(left_out) == (0 if family == "gemma3_text" else 3)
+    monkeypatch.setattr(gradients, "gradient_only", noted)
+    run_moments(model, tmp_path / "short", IDS, together=1)
+    assert len(left_out) == (0 if family == "gemma3_text" else 2)  # the head reads what the last block gives
     assert not any("forward" in vars(matrix) for matrix in left_out)
-    monkeypatch.setattr(moments, "added_to_stream", lambda *args: set())
-    run_moments(model, tmp_path / "whole", IDS)
+    run_moments(model, tmp_path / "whole", IDS, together=3)
+    assert len(left_out) == (0 if family == "gemma3_text" else 2)
     for k in range(3):
         short, whole = (load_file(tmp_path / f / f"block-{k}.safetensors") for f in ("short", "whole"))
         assert short.keys() == whole.keys()
