@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def test_random_signs_sample_the_fisher_information() -> None:
         assert (found[t] - exact).norm() < 0.1 * exact.norm()
 
 
-def run_moments(model: Any, folder: Path, ids: torch.Tensor, together: int = 0) -> BlockRunner:
+def run_moments(
+    model: Any, folder: Path, ids: torch.Tensor, together: int = 0, advance: Callable[[], Any] = lambda: None
+) -> BlockRunner:
     runner = BlockRunner(model.requires_grad_(False))
 
     def load(blocks: range) -> list[torch.nn.Module]:
@@ -50,7 +53,7 @@ def run_moments(model: Any, folder: Path, ids: torch.Tensor, together: int = 0) 
     streams = [Stream(folder / f"hidden-{k}", (*ids.shape, 32)) for k in range(start + 1)]
 
     moments.block_inputs(runner, load, ids, streams, 2, lambda: None)
-    options: dict[str, Any] = {"batch": 2, "seed": 0, "hybrids": False, "advance": lambda: None}
+    options: dict[str, Any] = {"batch": 2, "seed": 0, "hybrids": False, "advance": advance}
     gradients.output_moments(runner, load, ids, streams, folder, **options)
     return runner
 
@@ -110,6 +113,38 @@ def test_a_pass_back_needs_no_output_that_is_only_added(
         assert short.keys() == whole.keys()
         for name, tensor in whole.items():
             assert torch.allclose(short[name], tensor, rtol=1e-4, atol=1e-6 * float(tensor.abs().max())), name
+
+
+def test_blocks_go_together_as_far_as_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = BlockRunner(tiny_model("llama").requires_grad_(False))
+
+    def together() -> int:
+        return gradients.blocks_together(runner, lambda blocks: [runner.blocks[k] for k in blocks], IDS, 2)
+
+    assert together() == 3
+    monkeypatch.setattr(gradients, "_TOGETHER", 0)
+    assert together() == 1
+    least = 4 * IDS.shape[1] * 2 * (32 + 64)  # what a pass back keeps of a batch: at the least what the matrices read
+    monkeypatch.setattr(gradients, "_TOGETHER", 2 * least)
+    assert together() == 1
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_pass_back_goes_on_with_more_or_less_memory(after: int, tmp_path: Path) -> None:
+    for folder in ("whole", "resumed"):
+        (tmp_path / folder).mkdir()
+    run_moments(tiny_model("llama"), tmp_path / "whole", IDS, together=1)
+    steps = iter(range(after - 1))
+    with pytest.raises(StopIteration):
+        run_moments(tiny_model("llama"), tmp_path / "resumed", IDS, together=1, advance=lambda: next(steps))
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "resumed").glob("block-*")}
+    assert len(written) == after
+    run_moments(tiny_model("llama"), tmp_path / "resumed", IDS, together=2 if after == 2 else 3)
+    if after == 2:
+        assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+    for name in ("block-0", "block-1", "block-2", "head", "embedding"):
+        whole, resumed = (load_file(tmp_path / f / f"{name}.safetensors") for f in ("whole", "resumed"))
+        assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items()), name
 
 
 def test_the_stream_is_brought_back_to_the_original(tmp_path: Path) -> None:
