@@ -3,7 +3,7 @@
 glibc's allocator maps what is large from the system, and gives it back as soon as it is freed; what is smaller lies in a heap, where it
 leaves holes. It raises the size that counts as large to 32 MB on its own, and puts large things into holes that are large enough, where
 they stay resident until the heap is trimmed. So the size is fixed here: high while tokens pass, where at 1 MB a forward pass takes a
-quarter longer; lower while matrices are fitted, where at 1 MB small ones take a third longer, and there the holes are closed.
+quarter longer; low while matrices are fitted, where it costs small matrices some time, and there the holes are closed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 _C_LIBRARY: Any = ctypes.CDLL(None) if os.name == "posix" else None
 _M_MMAP_THRESHOLD = -3
-_PASSING, _FITTING = 16 * 2**20, 8 * 2**20
+_PASSING, _FITTING = 16 * 2**20, 2**20
 _LARGEST_HOLE = 2**30
 _in_force = _PASSING
 
@@ -48,7 +48,7 @@ def return_free_memory() -> None:
 
 @contextmanager
 def fitting_memory() -> Iterator[None]:
-    """While the body or the decorated function runs, whatever is larger than 8 MB is mapped, and its memory free as soon as it is."""
+    """While the body or the decorated function runs, whatever is larger than 1 MB is mapped, and its memory free as soon as it is."""
     before = _in_force
     _map_from(_FITTING)
     closed = _close_holes()
