@@ -35,7 +35,8 @@ from bondsmith.model.source import (
 )
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import RunError
-from bondsmith.stages import describe, gradients, moment_files, moments
+from bondsmith.stages import describe, moment_files
+from bondsmith.stages.gradients import collect_moments
 from bondsmith.stages.layer_settings import LayerSettings as LayerSettings
 from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.probe import Probe, measure_probes
@@ -51,7 +52,6 @@ from bondsmith.stages.profile_layers import (
 )
 from bondsmith.stages.profile_page import layer_sections, write_page
 from bondsmith.stages.shapes import model_shapes, table_plans
-from bondsmith.stages.streams import Stream
 from bondsmith.tensor.mpo import MPO
 
 Progress = Callable[[str, float], None]
@@ -291,24 +291,20 @@ class _Run:
         folder = self.work / "moments"
         folder.mkdir(exist_ok=True)
         self._fill_outside()
-        with torch.no_grad():
-            width = self.runner.enter(ids[:1, :2]).shape[-1]
-        loss, count = self.settings.metric == "loss", len(self.runner)
+        loss = self.settings.metric == "loss"
         with self.stage("moments"):
-            last = count - gradients.blocks_together(self.runner, self._load, ids, batch) if loss else max(blocks)
-            streams = [Stream(folder / f"hidden-{k}", (*ids.shape, width)) for k in range(last + 1)]
-            total = len(streams) + (count if loss else len(streams))
-            steps = iter(range(1, total + 1))
-
-            def advance() -> None:
-                self.progress("moments", next(steps) / total)
-
-            moments.block_inputs(self.runner, self._load, ids, streams, batch, advance)
-            make = moments.input_moments
+            collect_moments(
+                self.runner,
+                self._load,
+                ids,
+                folder,
+                batch=batch,
+                blocks=max(blocks) + 1,
+                seed=self.settings.seed if loss else None,
+                progress=partial(self.progress, "moments"),
+            )
             if loss:
-                make = partial(gradients.output_moments, seed=self.settings.seed, hybrids=False)
                 self.B = partial(moment_files.load_output_moments, folder)
-            make(self.runner, self._load, ids, streams, folder, batch=batch, advance=advance)
             self.C = partial(moment_files.load_input_moments, folder)
 
     def _block(self, k: int, points: list[tuple[float, MatrixPlan]]) -> Iterator[list[LayerPoint]]:

@@ -25,10 +25,11 @@ from bondsmith.model.checkpoint import open_model, write_json
 from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, skeleton, stored_names
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
-from bondsmith.stages import gradients, moment_files, moments
+from bondsmith.stages import moment_files
 from bondsmith.stages.estimate import gradient_windows
 from bondsmith.stages.fast_profile import Seen, fast_profile, table_profile
 from bondsmith.stages.fitting import LEAST_DAMPING
+from bondsmith.stages.gradients import collect_moments
 from bondsmith.stages.job import Job
 from bondsmith.stages.matrix_plan import MatrixPlan, PlanError
 from bondsmith.stages.plan import Plan
@@ -37,7 +38,6 @@ from bondsmith.stages.probe import measure_probes
 from bondsmith.stages.profile import Profile, TableProfile
 from bondsmith.stages.scaling import parts, probe_of, scaled
 from bondsmith.stages.shapes import model_shapes, table_plans
-from bondsmith.stages.streams import Stream
 from bondsmith.stages.uniform import uniform_plan
 
 Progress = Callable[[str, float], None]
@@ -372,21 +372,17 @@ class Run:
                         empty(job.runner.blocks[other])
                 return [job.load(k) for k in blocks]
 
-            start = count - gradients.blocks_together(job.runner, load, ids, job.batch) if back else count - 1
-            streams = [Stream(folder / f"hidden-{k}", (*ids.shape, job.width)) for k in range(start + 1)]
-            total = len(streams) + count
-            steps = iter(range(1, total + 1))
-
-            def advance() -> None:
-                self.progress("gradients", next(steps) / total)
-
-            moments.block_inputs(job.runner, load, ids, streams, job.batch, advance)
-            make = (
-                partial(gradients.output_moments, seed=self.recipe.seed, hybrids=hybrids)
-                if back
-                else moments.input_moments
+            collect_moments(
+                job.runner,
+                load,
+                ids,
+                folder,
+                batch=job.batch,
+                blocks=count,
+                seed=self.recipe.seed if back else None,
+                hybrids=hybrids,
+                progress=partial(self.progress, "gradients"),
             )
-            make(job.runner, load, ids, streams, folder, batch=job.batch, advance=advance)
         write_json(job.work / "fisher.done", True)
         for path in (*folder.glob("hidden-*"), *folder.glob("gradient-*")):
             path.unlink()

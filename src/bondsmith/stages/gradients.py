@@ -21,11 +21,46 @@ from bondsmith.model.blocks import BlockRunner, matrices, shape
 from bondsmith.model.checkpoint import write_shard
 from bondsmith.model.tracing import gradient_only
 from bondsmith.stages.moment import Moment
-from bondsmith.stages.moments import BlockSeen, Load, block_device
+from bondsmith.stages.moments import BlockSeen, Load, block_device, block_inputs, input_moments
 from bondsmith.stages.streams import Stream
 
 _PIECE = 32  # tokens whose probabilities fit a cache
 _TOGETHER = 2 * 2**30  # bytes that blocks which pass together may take
+
+
+def collect_moments(
+    runner: BlockRunner,
+    load: Load,
+    ids: Tensor,
+    folder: Path,
+    *,
+    batch: int,
+    blocks: int,
+    seed: int | None,
+    hybrids: bool = False,
+    progress: Callable[[float], None],
+) -> None:
+    """Writes the moments of the first `blocks` blocks; with a `seed` of gradients those of all, and of the gradients at their outputs.
+
+    Args:
+        load, ids, hybrids: as of `output_moments`.
+        progress: is called with the share that is done.
+    """
+    with torch.no_grad():
+        width = runner.enter(ids[:1, :2]).shape[-1]
+    last = blocks - 1 if seed is None else len(runner) - blocks_together(runner, load, ids, batch)
+    streams = [Stream(folder / f"hidden-{k}", (*ids.shape, width)) for k in range(last + 1)]
+    total = len(streams) + (blocks if seed is None else len(runner))
+    steps = iter(range(1, total + 1))
+
+    def advance() -> None:
+        progress(next(steps) / total)
+
+    block_inputs(runner, load, ids, streams, batch, advance)
+    if seed is None:
+        input_moments(runner, load, ids, streams, folder, batch=batch, advance=advance)
+    else:
+        output_moments(runner, load, ids, streams, folder, batch=batch, seed=seed, hybrids=hybrids, advance=advance)
 
 
 @torch.no_grad()
