@@ -15,6 +15,7 @@ from bondsmith.model.source import ModelError
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedLinear, PackedMatrix
 from bondsmith.recipe import RecipeError
+from bondsmith.stages.chat import Conversation
 
 ROUNDED: dict[str, Any] = {"uniform": True, "keep": 1.0, "bits": 8, "group": 16, "tokens": 2048, "window": 64}
 
@@ -47,6 +48,12 @@ def test_a_healed_model_is_rounded(home: Path, tmp_path: Path, metric: str) -> N
     known = json.loads((home / "small" / "results.json").read_text())
     assert done.results["size"]["original"] == known["size"]["original"]
     assert done.results["model"]["name"] == known["model"]["name"]
+    runs = ["prefill", "decode", "prefill in bfloat16", "decode in bfloat16"]
+    assert list(done.results["speed"]) == runs
+    assert "prefill in bfloat16" in (done.path / "report.html").read_text().lower()
+    answer = Conversation(str(done.path), max_new_tokens=3)
+    assert torch.cuda.is_available() or answer.model.dtype == torch.bfloat16
+    assert answer.say("w5 w6", lambda piece: None) is not None
     assert done.results["size"]["compressed"]["bytes"] < 0.5 * sum(map(len, weights(healed.path).values()))
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -257,3 +260,20 @@ class TestCodesInTheOrderOfTheKernel:
     def test_another_device_gets_the_order_of_the_file(self) -> None:
         packed, _ = self.used(104, 176)
         assert packed.to("meta").codes.shape == (104, 88)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_older_processors_multiply_by_the_same_weights(capability: str) -> None:
+    """torch lays codes out differently for each; where the order is not known, matrices are unpacked."""
+    code = """
+import torch
+from packed_layers import INT4, layer
+packed, x = layer(INT4, bias=False), torch.randn(3, 192)
+with torch.no_grad():
+    expected = x @ packed.to_matrix().T
+    found = packed(x.bfloat16()).float()
+assert (found - expected).norm() < 0.01 * expected.norm(), (found - expected).norm() / expected.norm()
+"""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

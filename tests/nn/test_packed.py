@@ -44,6 +44,23 @@ def test_it_multiplies_by_the_rounded_matrix(grid: Grid, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_some_rows_at_a_time_are_the_same_as_all(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = layer(grid), torch.randn(100, 192)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):  # in bfloat16 four bits get into the order of the kernel
+            monkeypatch.setattr(kernels, "CHUNK", 2**20)
+            whole = packed(x.to(dtype))
+            monkeypatch.setattr(kernels, "CHUNK", 96 * 192)  # rows are no multiple of it
+            assert torch.allclose(packed(x.to(dtype)), whole, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_double_precision_is_kept() -> None:
+    packed, x = layer(Grid(8, 0), bias=False), torch.randn(2, 192, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(packed(x), x @ packed.to_matrix(torch.float64).T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_memory_is_that_of_the_packed_matrix(grid: Grid) -> None:
     packed = layer(grid, bias=False)
     with torch.no_grad():

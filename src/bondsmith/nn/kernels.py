@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from bondsmith.nn.pairs import pairs
-from bondsmith.tensor.rounding import Grid, packed_levels
+from bondsmith.tensor.rounding import Grid
 
 # Up to here the kernels beat unpacking the matrix for one bfloat16 GEMM: they hardly gain from more tokens.
 INT8_UP_TO = 40
 INT4_UP_TO = 48
-CHUNK = 2**18  # numbers of a matrix that are unpacked at a time
+FLOAT_UP_TO = 8  # tokens for which casting an unpacked matrix takes longer than multiplying by it in float32
+CHUNK = 2**20  # numbers of a matrix that are unpacked at a time: with fewer, calls cost more than caches save
 _INT4_GROUPS = (256, 128, 64, 32)
 
 
@@ -135,40 +136,31 @@ def from_int4_order(ordered: Tensor) -> Tensor:
 def int4_unpacked_matmul(x: Tensor, ordered: Tensor, grid: Grid, scales: Tensor, centres: Tensor | None) -> Tensor:
     """`(T, rows of whole blocks)` from codes in the kernel's order: some blocks at a time are unpacked for a GEMM.
 
-    Each byte holds two rows half a block apart, so the outputs of the GEMM come in pairs, and are put in order after it.
+    Each byte holds two rows half a block apart: first come all in the low bits, then all in the high ones, each a GEMM of its own.
     """
-    block, columns, rows, wide = 2 * ordered.shape[2], ordered.shape[1], _filled_rows(ordered), x.to(gemm_dtype(x))
-    step = max(1, CHUNK // (columns * block))
-    y = x.new_empty(x.shape[0], rows)
+    (_, columns, half), rows, wide = ordered.shape, _filled_rows(ordered), x.to(gemm_dtype(x))
+    blocks = min(len(ordered), max(1, CHUNK // (2 * half * columns)))
+    y, wide = x.new_empty(len(x), len(ordered), 2, half), _filled(wide, ordered)
 
-    def filled(values: Tensor) -> Tensor:
-        return F.pad(_spread(values, grid, x.shape[1], 1), (0, 0, 0, rows - len(values)))
+    def by_half(values: Tensor) -> Tensor:  # (rows, G) as (2, G, 1, blocks, block / 2)
+        spread = F.pad(_spread(values.float(), grid, x.shape[1], 1), (0, 0, 0, rows - len(values)))
+        return spread.view(len(ordered), 2, half, -1).permute(1, 3, 0, 2)[:, :, None].contiguous()
 
-    scales, centres = filled(scales), None if centres is None else filled(centres)
-    wide = _filled(wide, ordered)
-    for first in range(0, len(ordered), step):
-        blocks, part = ordered[first : first + step], slice(first * block, (first + step) * block)
-        matrix = _columns(blocks, grid, scales[part], None if centres is None else centres[part], wide.dtype)
-        found = (wide @ matrix).view(len(x), len(blocks), block // 2, 2)
-        y[:, part] = found.transpose(2, 3).reshape(len(x), len(blocks) * block)
-    return y
-
-
-def _columns(ordered: Tensor, grid: Grid, scales: Tensor, centres: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The matrix of whole blocks as `(I, rows)`, rows in the order in which the bytes hold them; scales of the kernel's groups."""
-    (blocks, columns, half), groups = ordered.shape, scales.shape[1]
-    block = 2 * half
-
-    def by_group(values: Tensor) -> Tensor:  # (rows, G) as (blocks, G, 1, block)
-        return values.float().view(blocks, 2, block // 2, groups).permute(0, 3, 2, 1).reshape(blocks, groups, 1, block)
-
-    levels = packed_levels(grid, ordered.view(blocks * block, -1), columns).view(blocks, groups, -1, block)
-    matrix = levels * by_group(scales)
-    if centres is not None:
-        matrix = matrix + by_group(centres)
-    by_column = torch.empty(columns, blocks, block, dtype=dtype, device=ordered.device)
-    by_column.copy_(matrix.view(blocks, columns, block).transpose(0, 1))
-    return by_column.view(columns, blocks * block)
+    scales, centres = by_half(scales), None if centres is None else by_half(centres)
+    space, groups = torch.empty(2 * columns * blocks * half, device=x.device), scales.shape[1]
+    for first in range(0, len(ordered), blocks):
+        part = slice(first, min(first + blocks, len(ordered)))
+        codes = ordered[part].transpose(0, 1).contiguous().view(groups, -1, part.stop - first, half)
+        levels = space[: 2 * codes.numel()].view(2, *codes.shape)
+        levels[0].copy_(codes & 15)
+        levels[1].copy_(codes >> 4)
+        levels.sub_(grid.offset).mul_(scales[:, :, :, part])
+        if centres is not None:
+            levels.add_(centres[:, :, :, part])
+        matrices = levels.to(wide.dtype).view(2, columns, -1)
+        for side in (0, 1):
+            y[:, part, side] = (wide @ matrices[side]).view(len(x), part.stop - first, half)
+    return y.view(len(x), rows)
 
 
 def rows_from_int4_order(ordered: Tensor, rows: Tensor) -> Tensor:
@@ -184,7 +176,8 @@ def rows_from_int4_order(ordered: Tensor, rows: Tensor) -> Tensor:
 def int4_block() -> int:
     """Rows in a block of the int4 kernel's order on this machine: 64 or 32, or 0 where there is no kernel or another order."""
     try:
-        codes = torch.arange(128 * 32, dtype=torch.int32, device="cpu").reshape(128, 32) * 7 % 16
+        generator = torch.Generator().manual_seed(0)  # no two rows alike
+        codes = torch.randint(16, (128, 32), generator=generator, dtype=torch.int32, device="cpu")
         there = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).reshape(128, 16)
     except (AttributeError, RuntimeError, NotImplementedError):
         return 0

@@ -12,7 +12,7 @@ Legend: `T` tokens, `O` out features, `I` in features, `G` groups of a row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -130,8 +130,7 @@ class PackedMatrix(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
             y: Tensor = _Multiply.apply(x, self, self.scales, self.centres)
             return y
-        flat = x.reshape(-1, self.columns)
-        return self._multiply_flat(flat).reshape(*x.shape[:-1], self.rows)
+        return self._multiply_flat(x.reshape(-1, self.columns)).reshape(*x.shape[:-1], self.rows)
 
     def _multiply_flat(self, x: Tensor) -> Tensor:
         low = x.dtype == torch.bfloat16
@@ -148,13 +147,26 @@ class PackedMatrix(nn.Module):
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
             self._bring_into("cuda")
             return cuda_int4.matmul(x.contiguous(), self.codes[0, 0], self.grid, self.scales, self.centres)
-        y, wide = x.new_empty(x.shape[0], self.rows), x.to(kernels.gemm_dtype(x))
-        codes, step = self.packed_codes(), max(1, kernels.CHUNK // self.columns)
-        for first in range(0, self.rows, step):
-            part = slice(first, first + step)
-            centres = None if self.centres is None else self.centres[part]
-            y[:, part] = wide @ self._rows(codes[part], self.scales[part], centres, wide.dtype).T
+        few = x.device.type == "cpu" and x.element_size() == 2 and x.shape[0] <= kernels.FLOAT_UP_TO
+        y, wide = x.new_empty(x.shape[0], self.rows), x.float() if few else x.to(kernels.gemm_dtype(x))
+        for part, matrix in self._parts(wide.dtype):
+            if y.dtype == matrix.dtype:
+                torch.mm(wide, matrix.T, out=y[:, part])
+            else:
+                y[:, part] = wide @ matrix.T
         return y
+
+    def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yields some rows at a time: which, and the matrix they are, each in the memory of the one before."""
+        codes, step = self.packed_codes(), min(self.rows, max(1, kernels.CHUNK // self.columns))
+        levels = torch.empty(step, self.columns, device=codes.device)
+        cast = levels if dtype == levels.dtype else torch.empty_like(levels, dtype=dtype)
+        for first in range(0, self.rows, step):
+            part = slice(first, min(first + step, self.rows))
+            into = slice(part.stop - first)
+            found = packed_levels(self.grid, codes[part], self.columns, levels[into])
+            found = scaled(self.grid, found, self.scales[part], None if self.centres is None else self.centres[part])
+            yield part, found if cast is levels else cast[into].copy_(found)
 
     def _multiply_int4(self, x: Tensor) -> Tensor:
         self._bring_into("cpu")
@@ -333,6 +345,11 @@ class PackedHead(nn.Module):
         """`(..., vocabulary)` for hidden states `(..., I)`."""
         y = self.embedding.multiply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether any matrix of a model is packed."""
+    return any(isinstance(module, PackedMatrix) for module in model.modules())
 
 
 def widen(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 
 from bondsmith.model.source import ModelError, load_tokenizer
+from bondsmith.nn.packed import is_packed
 
 
 class Conversation:
@@ -21,13 +22,13 @@ class Conversation:
     """
 
     def __init__(self, name: str, *, max_new_tokens: int = 256, temperature: float = 0.0):
+        gpu = torch.cuda.is_available()
         try:
-            gpu = (
-                torch.cuda.is_available()
-            )  # on a CPU float32 is fastest, and a compressed model takes its dtype on loading
             model = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if gpu else torch.float32)
         except (OSError, ValueError) as error:
             raise ModelError(f"{name}: {str(error).strip().splitlines()[0]}") from error
+        if not gpu and is_packed(model):  # float32 is fastest on a CPU, but for the kernels of packed weights
+            model = model.to(torch.bfloat16)
         self.model: PreTrainedModel = model.to("cuda") if gpu else model
         self.tokenizer = load_tokenizer(Path(name))
         self.turns: list[dict[str, str]] = []

@@ -16,7 +16,8 @@ from torch import Tensor
 from bondsmith.data import Windows
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.hub import replace_matrices
-from bondsmith.model.source import Source, empty, fill, skeleton, stored_names
+from bondsmith.model.skeleton import empty, fill, skeleton, stored_names
+from bondsmith.model.source import Source
 
 
 class Streamed:

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 _FLIP = 0x80
+# Codes that lie side by side in the low bits of a word go each into a byte of its own: halves move apart, then their halves. Words are
+# little-endian, as on every machine that torch is built for but one.
+_SPREADS = {
+    2: (torch.int32, ((12, 0x000F_000F), (6, 0x0303_0303))),
+    3: (torch.int64, ((20, 0x0000_0FFF_0000_0FFF), (10, 0x003F_003F_003F_003F), (5, 0x0707_0707_0707_0707))),
+    4: (torch.int16, ((4, 0x0F0F),)),
+}
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -61,12 +68,13 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """
     if bits == 8:
         return packed ^ _FLIP
-    rows, mask = packed.shape[0], 2**bits - 1
-    if bits != 3:
-        parts = [
-            packed >> (k * bits) if k == 8 // bits - 1 else (packed >> (k * bits)) & mask for k in range(8 // bits)
-        ]
-        return torch.stack(parts, -1).reshape(rows, -1)[:, :columns]
-    a, b, c = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).reshape(rows, -1, 3).unbind(-1)
-    parts = [a, a >> 3, (a >> 6) | (b << 2), b >> 1, b >> 4, (b >> 7) | (c << 1), c >> 2, c >> 5]
-    return torch.stack([part & mask for part in parts], -1).reshape(rows, -1)[:, :columns]
+    word, steps = _SPREADS[bits]
+    if bits == 3:
+        padded = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3))
+        a, b, c = (byte.to(word) for byte in padded.view(len(packed), -1, 3).unbind(-1))
+        spread = a | b << 8 | c << 16
+    else:
+        spread = packed.to(word, memory_format=torch.contiguous_format)
+    for shift, mask in steps:
+        spread = spread.bitwise_or_(spread << shift).bitwise_and_(mask)
+    return spread.view(torch.uint8)[:, :columns]

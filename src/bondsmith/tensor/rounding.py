@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from bondsmith.tensor.checks import check_matrix
 from bondsmith.tensor.packing import pack, row_bytes, unpack
@@ -113,7 +112,7 @@ class Grid:
         """The level of every code, before scale and centre."""
         if self.codebook == "nf4":
             return torch.tensor(NF4, dtype=dtype, device=codes.device)[codes.int()]
-        return codes.to(dtype) - self.offset
+        return codes.to(dtype, copy=True).sub_(self.offset)
 
     def nearest(self, ratio: Tensor) -> Tensor:
         """The codes, as floating point numbers, of the levels nearest to `(W - centre) / scale`."""
@@ -170,47 +169,49 @@ class Rounded:
         return self.grid.packed_bytes(*self.shape)
 
 
-def packed_levels(grid: Grid, packed: Tensor, columns: int) -> Tensor:
-    """The `(O, I)` float32 levels of packed rows: a table look-up of two to four of them at a time.
+def packed_levels(grid: Grid, packed: Tensor, columns: int, out: Tensor | None = None) -> Tensor:
+    """The `(O, I)` float32 levels of packed rows, written into `out` where it is given.
 
     >>> codes = torch.tensor([[0, 7, 3, 4, 1]], dtype=torch.uint8)
     >>> packed_levels(Grid(3), pack(codes, 3), 5)
     tensor([[-3.5000,  3.5000, -0.5000,  0.5000, -2.5000]])
     """
+    if out is None:
+        out = torch.empty(len(packed), columns, device=packed.device)
+    if grid.codebook == "nf4":
+        pairs = _nf4_pairs(packed.device).index_select(0, packed.reshape(-1).int())
+        return out.copy_(pairs.view(torch.float32).view(len(packed), -1)[:, :columns])
     if grid.bits == 8:
-        return packed.view(torch.int8).to(torch.float32)
-    if grid.bits == 3:
-        a, b, c = F.pad(packed, (0, -packed.shape[1] % 3)).int().view(len(packed), -1, 3).unbind(-1)
-        packed = torch.stack((a | (b & 15) << 8, b >> 4 | c << 4), -1)
-    table = _level_table(grid.bits, grid.symmetric, grid.codebook, packed.device)
-    found = table.index_select(0, packed.reshape(-1).int()).view(torch.float32)
-    return found.view(len(packed), -1)[:, :columns]
+        return out.copy_(packed.view(torch.int8))
+    return out.copy_(unpack(packed, grid.bits, columns)).sub_(grid.offset)
 
 
 @lru_cache
-def _level_table(bits: int, symmetric: bool, codebook: str, device: torch.device) -> Tensor:
-    """The levels of all codes in a byte (three bits: in 12 bits), each row as one number of 8 or 16 bytes.
-
-    Gathering one wide number is ten times faster than shifting, masking and converting several.
-    """
-    total = 12 if bits == 3 else 8
-    numbers = torch.arange(2**total, dtype=torch.int32)[:, None]
-    codes = (numbers >> torch.arange(0, total, bits)) & (2**bits - 1)
-    levels = Grid(bits, 0, symmetric, codebook).levels(codes)
-    return levels.contiguous().view(torch.int64 if bits == 4 else torch.complex128).flatten().to(device)
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """The levels of both codes in a byte, as one number of 8 bytes: gathering that is faster than gathering each."""
+    numbers = torch.arange(256)[:, None]
+    levels = Grid(4, 0, codebook="nf4").levels((numbers >> torch.tensor([0, 4])) & 15)
+    return levels.view(torch.int64).flatten().to(device)
 
 
 def scaled(grid: Grid, levels: Tensor, scales: Tensor, centres: Tensor | None) -> Tensor:
-    """`scale * level + centre`, `(O, I)`, from float32 levels, in float32; differentiable in scales and centres."""
+    """`scale * level + centre`, `(O, I)`, from float32 levels, in float32; differentiable in scales and centres.
+
+    Without gradients it takes the place of the levels in memory.
+    """
     rows, columns = levels.shape
     group = grid.group or columns
-    scales, centres = scales.float(), None if centres is None else centres.float()
-    if columns % group == 0:
-        matrix = levels.view(rows, -1, group) * scales[:, :, None]
-        return (matrix if centres is None else matrix + centres[:, :, None]).view(rows, columns)
-    index = torch.arange(columns, device=levels.device) // group
-    matrix = levels * scales[:, index]
-    return matrix if centres is None else matrix + centres[:, index]
+    if columns % group:
+        index = torch.arange(columns, device=levels.device) // group
+        scales, centres = scales[:, index], None if centres is None else centres[:, index]
+        group = 1
+    scales, matrix = scales.float()[:, :, None], levels.view(rows, -1, group)
+    taught = torch.is_grad_enabled() and (scales.requires_grad or (centres is not None and centres.requires_grad))
+    matrix = matrix * scales if taught else matrix.mul_(scales)
+    if centres is not None:
+        centres = centres.float()[:, :, None]
+        matrix = matrix + centres if taught else matrix.add_(centres)
+    return matrix.view(rows, columns)
 
 
 @torch.no_grad()
