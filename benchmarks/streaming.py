@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from bondsmith.model.source import skeleton, stored_names
+from bondsmith.model.skeleton import skeleton, stored_names
 
 WORDS = 1024
 CHILD = """

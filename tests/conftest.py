@@ -27,6 +27,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 64, "n_positions": 128},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+    },
+    "gpt_oss": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
@@ -42,7 +62,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    settings = FAMILIES[family] if family == "gpt2" else common | FAMILIES[family]
+    settings = FAMILIES[family] if family == "gpt2" else common | (FAMILIES | MIXTURES)[family]
     if family == "gpt2":
         settings = settings | {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(family, **(settings | overrides))
@@ -56,6 +76,8 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
+            elif parameter.dim() == 3:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model

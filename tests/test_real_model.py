@@ -13,7 +13,8 @@ import bondsmith
 from bondsmith.data import Windows
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.checkpoint import open_compressed
-from bondsmith.model.source import Source, fill, load_tokenizer, open_source, skeleton, stored_names
+from bondsmith.model.skeleton import fill, skeleton, stored_names
+from bondsmith.model.source import Source, load_tokenizer, open_source
 from bondsmith.stages.quality import compare
 
 TEXT = (

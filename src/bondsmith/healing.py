@@ -23,7 +23,8 @@ from bondsmith.data import check_spec
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.checkpoint import open_compressed, write_json
 from bondsmith.model.hub import FORMAT, load
-from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole, skeleton
+from bondsmith.model.skeleton import skeleton
+from bondsmith.model.source import ModelError, Source, file_digest, load_tokenizer, load_whole
 from bondsmith.nn.free import free_all
 from bondsmith.nn.simulated import simulate_rounding
 from bondsmith.recipe import grid_of

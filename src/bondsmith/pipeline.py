@@ -29,6 +29,8 @@ from bondsmith.model.checkpoint import (
 )
 from bondsmith.model.hub import load
 from bondsmith.model.source import ModelError, Source, file_digest, load_whole, open_source
+from bondsmith.nn.experts import merge_experts
+from bondsmith.nn.packed import is_packed
 from bondsmith.planner import SHARED, adopt, shared_settings
 from bondsmith.recipe import Recipe, RecipeError, parse_bytes
 from bondsmith.run import Progress, Run
@@ -254,7 +256,11 @@ class _Compression(Run):
             return found | {"speed_skipped": str(reason)}
         with self.stage("speed"):
             models = load_whole(source, device), load(self.directory, dtype=torch.float32).to(device)
+            merge_experts(models[0])  # as transformers runs it
             rates = speed.compare_speed(*models, seed=self.recipe.seed, advance=lambda s: self.progress("speed", s))
+            if is_packed(models[1]):  # in bfloat16 they have kernels
+                low = speed.compare_speed(*(model.to(torch.bfloat16) for model in models), seed=self.recipe.seed)
+                rates |= {f"{name} in bfloat16": run for name, run in low.items()}
         return found | {"speed": rates}
 
 

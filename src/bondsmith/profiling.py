@@ -22,17 +22,8 @@ from torch import Tensor, nn
 from bondsmith.data import SELF, Windows, check_spec, read_windows, sample_windows, split_windows
 from bondsmith.limits import settled_metric
 from bondsmith.model.blocks import BlockRunner, matrices
-from bondsmith.model.source import (
-    ModelError,
-    empty,
-    file_digest,
-    fill,
-    load_tokenizer,
-    load_whole,
-    open_source,
-    skeleton,
-    stored_names,
-)
+from bondsmith.model.skeleton import empty, fill, skeleton, stored_names
+from bondsmith.model.source import ModelError, file_digest, load_tokenizer, load_whole, open_source
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import RunError
 from bondsmith.stages import describe, moment_files

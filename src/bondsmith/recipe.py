@@ -135,6 +135,8 @@ class Recipe:
         object.__setattr__(self, "bits", tuple(bits))
         self._check_types()
         self._check_bounds()
+        self._check_rounding()
+        self._check_budgets()
         self._check()
 
     def _check_types(self) -> None:
@@ -148,7 +150,6 @@ class Recipe:
                 raise RecipeError(f"{one.name}: {value!r} is {needed}")
 
     def _check(self) -> None:
-        self._check_budgets()
         if self.bytes is not None:
             parse_bytes(self.bytes, 4)
         if self.metric not in ("auto", *METRICS):
@@ -163,10 +164,9 @@ class Recipe:
             raise RecipeError("calibration: at least one SPEC is needed; 'self' needs no data")
         if self.window < 2 or self.tokens < self.window:
             raise RecipeError(f"tokens: {self.tokens} do not fill one window of {self.window} tokens")
-        if self.evaluation_windows < 1:
-            raise RecipeError(f"evaluation_windows: {self.evaluation_windows} is less than 1")
-        if self.propagation_parts < 1:
-            raise RecipeError(f"propagation_parts: {self.propagation_parts} is less than 1")
+        for name, least in (("evaluation_windows", 1), ("propagation_parts", 1), ("probe_windows", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name}: {getattr(self, name)} is less than {least}")
         for name in ("propagation_strength", "stream_strength"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{name}: {getattr(self, name)} is not in [0, 1]")
@@ -236,16 +236,19 @@ class Recipe:
             raise RecipeError(f"bounds: {self.bounds!r} is not a mapping of patterns to [least, largest] shares")
         checked: dict[str, tuple[float, float]] = {}
         for pattern, limits in self.bounds.items():
-            pair = isinstance(limits, list | tuple) and [type(limit) in (int, float) for limit in limits] == [
-                True,
-                True,
-            ]
-            if not pair or not 0 <= limits[0] <= limits[1] <= 1:
+            pair = isinstance(limits, list | tuple) and len(limits) == 2
+            if (
+                not pair
+                or any(type(limit) not in (int, float) for limit in limits)
+                or not 0 <= limits[0] <= limits[1] <= 1
+            ):
                 raise RecipeError(
                     f"bounds: {pattern!r}: {limits!r} is not [least, largest] with 0 <= least <= largest <= 1"
                 )
             checked[str(pattern)] = float(limits[0]), float(limits[1])
         object.__setattr__(self, "bounds", checked)
+
+    def _check_rounding(self) -> None:
         for bits in self.bits:
             if bits != UNROUNDED and bits not in BITS:
                 raise RecipeError(f"bits: {bits!r} is not one of 16 (not rounded), 8, 4, 3, 2")
@@ -257,8 +260,6 @@ class Recipe:
             raise RecipeError(
                 f"rounding: a plan predicts what compensated rounding loses; {self.rounding} goes with uniform: true"
             )
-        if self.probe_windows < 0:
-            raise RecipeError(f"probe_windows: {self.probe_windows} windows cannot be measured; 0 measures none")
         if self.planned and self.rounds and self.group not in GROUPS:
             raise RecipeError(
                 f"group: {self.group}: a plan knows the loss of rounding in groups of 32, 64 and 128 only"
@@ -388,11 +389,9 @@ def grid_of(bits: int, group: int, codebook: str = "uniform", symmetric: bool = 
     """Returns the grid a plan rounds to: 8 bits per row; fewer in groups with a centre, unless `symmetric` or of a four-bit `codebook`."""
     if bits == 8:
         return Grid(8, 0)
-    return (
-        Grid(4, group, codebook=codebook)
-        if bits == 4 and codebook != "uniform"
-        else Grid(bits, group, symmetric=symmetric)
-    )
+    if bits == 4 and codebook != "uniform":
+        return Grid(4, group, codebook=codebook)
+    return Grid(bits, group, symmetric=symmetric)
 
 
 def parse_bytes(text: str, parameters: int) -> int:

@@ -22,7 +22,9 @@ from bondsmith.data import SELF, Windows, read_windows, sample_windows, save_win
 from bondsmith.limits import check_memory, device_of, settled_metric
 from bondsmith.model.blocks import BlockRunner, fused_experts, weight
 from bondsmith.model.checkpoint import open_model, write_json
-from bondsmith.model.source import Source, empty, fill, load_tokenizer, load_whole, skeleton, stored_names
+from bondsmith.model.skeleton import empty, fill, skeleton, stored_names
+from bondsmith.model.source import Source, load_whole, tokenizer_of
+from bondsmith.nn.experts import token_shares
 from bondsmith.recipe import Recipe
 from bondsmith.rundir import FINGERPRINT, WORK, RunError, changes, fingerprint, log
 from bondsmith.stages import moment_files
@@ -53,6 +55,7 @@ class Opened:
         shapes: matrix name -> (block, out features, in features), in depth order.
         other_parameters: stored scalars outside these matrices.
         tables: embedding, and head where it is not tied, as they would be if kept as they are.
+        shares: of the tokens that reach a matrix, where it is not all.
         tokenizer: None where no text is needed.
     """
 
@@ -62,6 +65,7 @@ class Opened:
     shapes: dict[str, tuple[int, int, int]]
     other_parameters: int
     tables: tuple[MatrixPlan, ...]
+    shares: dict[str, float]
     tokenizer: Any
 
 
@@ -88,7 +92,8 @@ class Run:
         shapes, other = model_shapes(runner)
         fused_experts(runner.model, source.name)
         tokenizer = tokenizer_of(model, source) if text else None
-        return Opened(source, runner, dtype, shapes, other, table_plans(runner), tokenizer)
+        shares = token_shares(runner.model)
+        return Opened(source, runner, dtype, shapes, other, table_plans(runner), shares, tokenizer)
 
     def settle_metric(self, opened: Opened) -> None:
         """Makes `auto` one of the metrics: loss where a pass back through a block fits into memory, input otherwise, with a warning.
@@ -110,7 +115,7 @@ class Run:
         if self.recipe.plan is not None:
             plan = Plan.load(Path(self.recipe.plan).expanduser())
             plan.check(shapes, other, {t.name: (t.out_features, t.in_features) for t in opened.tables})
-            plan = replace(plan, itemsize=itemsize)
+            plan = replace(plan, itemsize=itemsize).with_shares(opened.shares)
             if plan.drops_channels and not self.recipe.needs_moments:
                 raise PlanError(
                     "plan: it drops hidden channels, which the frobenius metric cannot; use metric loss or input"
@@ -119,8 +124,8 @@ class Run:
         tables = opened.tables if self.recipe.rounds else ()
         if self.recipe.planned:
             blank = tuple(TableProfile(t.name, t.out_features, t.in_features) for t in tables)
-            return planned(Profile.blank(shapes, other, itemsize, blank), self.recipe)
-        return uniform_plan(shapes, other, self.recipe, itemsize, tables)
+            return planned(replace(Profile.blank(shapes, other, itemsize, blank), shares=opened.shares), self.recipe)
+        return uniform_plan(shapes, other, self.recipe, itemsize, tables).with_shares(opened.shares)
 
     def plan(self, opened: Opened, job: Job, first: Plan) -> Plan:
         """Returns the plan to carry out: `first`, or the one that the profile of the model leads to."""
@@ -170,7 +175,8 @@ class Run:
         itemsize, other_parameters = opened.dtype.itemsize, opened.other_parameters
         tokens = self.gradient_ids(job).numel() if metric != "frobenius" else 0
         tables = self.tables(opened, job)
-        profile = Profile(opened.source.name, itemsize, other_parameters, metric, tokens, curves, bonds, tables)
+        name, shares = opened.source.name, opened.shares
+        profile = Profile(name, itemsize, other_parameters, metric, tokens, curves, bonds, tables, shares)
         if self.recipe.probe_windows and metric == "loss":
             profile = self.scaled(opened, job, profile)
         profile.save(folder)
@@ -390,9 +396,3 @@ class Run:
 
 def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def tokenizer_of(model: str | Path | PreTrainedModel, source: Source) -> Any:
-    if isinstance(model, PreTrainedModel):
-        return load_tokenizer(Path(str(model.name_or_path)))
-    return load_tokenizer(source.path)

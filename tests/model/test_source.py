@@ -9,7 +9,9 @@ import torch
 from conftest import save_tiny, tiny_model
 from safetensors.torch import load_file, save_file
 
-from bondsmith.model.source import ModelError, open_source, skeleton, stored_names
+from bondsmith.model.skeleton import skeleton, stored_names
+from bondsmith.model.source import ModelError, open_source
+from bondsmith.nn.experts import split_state
 
 
 def same(source_state: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> bool:
@@ -54,9 +56,9 @@ def test_keys_without_the_models_prefix(tmp_path: Path) -> None:
     assert same(source.read(source.places), model.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["pickle", "renamed"])
+@pytest.mark.parametrize("kind", ["pickle", "experts"])
 def test_what_cannot_be_read_by_name_is_rewritten_once(tmp_path: Path, kind: str) -> None:
-    """Pickles, and checkpoints whose tensors transformers merges on loading (the experts of Mixtral)."""
+    """Pickles, and checkpoints with experts in tensors of three dimensions."""
     directory, cache = tmp_path / "model", tmp_path / "cache"
     if kind == "pickle":
         model = tiny_model("llama")
@@ -64,21 +66,26 @@ def test_what_cannot_be_read_by_name_is_rewritten_once(tmp_path: Path, kind: str
         torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
         (directory / "model.safetensors").unlink()
     else:
-        from transformers import MixtralConfig, MixtralForCausalLM
-
-        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=2, num_key_value_heads=2, **small))
+        model = tiny_model("gpt_oss")
         model.save_pretrained(directory)
     from conftest import tiny_tokenizer
 
     tiny_tokenizer().save_pretrained(directory)
     source = open_source(directory, cache)
     assert (cache / "source.json").is_file()
-    assert same(source.read(source.places), model.state_dict())
+    assert same(source.read(source.places), split_state(model))
     before = (cache / "copy-00000.safetensors").stat().st_mtime_ns
     again = open_source(directory, cache)
     assert (cache / "copy-00000.safetensors").stat().st_mtime_ns == before
     assert again.places == source.places
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_that_lie_apart_are_read_where_they_lie(name: str, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", name)
+    source = open_source(tmp_path / "model", tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert same(source.read(source.places), split_state(model))
 
 
 def test_a_hub_id_goes_through_the_hubs_cache(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

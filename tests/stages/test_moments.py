@@ -127,6 +127,10 @@ def test_blocks_go_together_as_far_as_memory_allows(tmp_path: Path, monkeypatch:
     least = 4 * IDS.shape[1] * 2 * (32 + 64)  # what a pass back keeps of a batch: at the least what the matrices read
     monkeypatch.setattr(gradients, "_TOGETHER", 2 * least)
     assert together() == 1
+    monkeypatch.setattr(gradients, "_TOGETHER", 4 * 2 * 2000**2)
+    assert together() == 3
+    runner.blocks[1].mlp.gate_proj = torch.nn.Linear(32, 2000)  # the first block may be the smallest
+    assert together() == 1
 
 
 @pytest.mark.parametrize("after", [1, 2])

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bondsmith.model.blocks import BlockRunner, matrices, replaced_weight, weight
-from bondsmith.model.source import ModelError, load_whole, open_source, skeleton
+from bondsmith.model.skeleton import skeleton
+from bondsmith.model.source import ModelError, load_whole, open_source
 from bondsmith.stages.probe import Probe, ProbeResult, measure_probes
 from bondsmith.stages.streams import Stream
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from bondsmith.model.source import ModelError
 
 log = logging.getLogger("bondsmith")
+_multiplying: dict[type[nn.Module], bool] = {}
 
 
 def find_blocks(model: nn.Module) -> str:
@@ -37,8 +38,27 @@ def find_blocks(model: nn.Module) -> str:
 
 
 def matrices(block: nn.Module) -> dict[str, nn.Module]:
-    """Returns the weight matrices of a block by their names inside it: its `nn.Linear` and `Conv1D` modules."""
-    return {name: m for name, m in block.named_modules() if name and isinstance(m, nn.Linear | Conv1D)}
+    """Returns the weight matrices of a block by their names inside it: its `nn.Linear` and `Conv1D` modules.
+
+    Those that return something else than a product (routers of mixtures that choose, too) are left out.
+    """
+    return {
+        name: m for name, m in block.named_modules() if name and isinstance(m, nn.Linear | Conv1D) and _multiplies(m)
+    }
+
+
+@torch.no_grad()
+def _multiplies(matrix: nn.Module) -> bool:
+    """Returns whether modules of this class give one row of outputs for one of inputs; tried once."""
+    kind = type(matrix)
+    if kind not in _multiplying:
+        (rows, columns), stored = shape(matrix), _stored(matrix)
+        try:
+            out = kind.forward(matrix, torch.zeros(1, columns, dtype=stored.dtype, device=stored.device))
+        except (TypeError, ValueError, IndexError, RuntimeError):  # it wants more than an input, or another kind of it
+            out = None
+        _multiplying[kind] = isinstance(out, Tensor) and out.shape == (1, rows)
+    return _multiplying[kind]
 
 
 def fused_experts(model: nn.Module, name: str) -> int:

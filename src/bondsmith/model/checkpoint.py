@@ -19,7 +19,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from bondsmith.model import digest
 from bondsmith.model.hub import BondsmithConfig
+from bondsmith.model.skeleton import skeleton
 from bondsmith.model.source import ModelError, Source, open_source
+from bondsmith.nn.experts import routed
 
 INDEX = "bondsmith.safetensors.index.json"
 SHIM = "modeling_bondsmith.py"
@@ -118,7 +120,9 @@ def write_config(
     architecture = _architecture(source)
     config.architectures = [architecture]
     config.dtype = dtype
-    config.quantization_config = BondsmithConfig(networks, INDEX, packed).to_dict()
+    config.quantization_config = BondsmithConfig(
+        networks, INDEX, packed, split_experts=bool(routed(skeleton(source.config)))
+    ).to_dict()
     config.auto_map = {"AutoModelForCausalLM": f"{SHIM.removesuffix('.py')}.Bondsmith{architecture}"}
     write_text(directory / SHIM, _SHIM_CODE.format(architecture=architecture))
     if (source.path / "generation_config.json").is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bondsmith.model.blocks import find_blocks, fused_experts, matrices, shape
-from bondsmith.model.source import HUB_ID, ModelError, check_supported, read_config, stored_names
+from bondsmith.model.skeleton import stored_names
+from bondsmith.model.source import HUB_ID, ModelError, check_supported, read_config
+from bondsmith.nn.experts import split_experts, token_shares
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,6 +36,7 @@ class Facts:
         dtype: the dtype of the checkpoint.
         stored_bytes: size of its weight files.
         known_from: where dtype and size come from, in words.
+        shares: of the tokens that reach a matrix, where it is not all: experts of a mixture.
         experts: of the other parameters, those in tensors of three dimensions: experts of a mixture.
     """
 
@@ -50,11 +53,17 @@ class Facts:
     stored_bytes: int
     known_from: str
     experts: int = 0
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def matrix_parameters(self) -> int:
         """Parameters of all matrices of the blocks."""
         return sum(o * i for _, o, i in self.shapes.values())
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of all matrices of the blocks, a token."""
+        return round(sum(o * i * self.shares.get(name, 1.0) for name, (_, o, i) in self.shapes.items()))
 
     @property
     def parameters(self) -> int:
@@ -99,6 +108,8 @@ def _describe(name: str, path: Path, config: Any) -> Facts:
     declared = config.dtype  # building a model overwrites it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        cache = _cache(model)
+        split_experts(model)
     list_path = find_blocks(model)
     shapes = {
         f"{list_path}.{k}.{inside}": (k, *shape(matrix))
@@ -122,8 +133,9 @@ def _describe(name: str, path: Path, config: Any) -> Facts:
         tables=tables,
         other_parameters=total - sum(o * i for _, o, i in shapes.values()),
         experts=fused_experts(model, name),
+        shares=token_shares(model),
         head=model.get_output_embeddings().weight.numel(),
-        cache_per_token=_cache(model),
+        cache_per_token=cache,
         width=int(text.hidden_size),
         vocabulary=int(text.vocab_size),
         dtype=dtype,

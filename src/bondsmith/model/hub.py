@@ -23,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bondsmith.model.blocks import shape
 from bondsmith.model.digest import DamagedError, check_files, digest_of_json, metadata
 from bondsmith.model.quantized import OURS
-from bondsmith.model.source import skeleton
+from bondsmith.model.skeleton import skeleton
+from bondsmith.nn.experts import merge_experts, split_experts
 from bondsmith.nn.hybrid import HybridLinear
 from bondsmith.nn.linear import MPOLinear
 from bondsmith.nn.packed import PackedEmbedding, PackedHead, PackedLinear, PackedMatrix, stored_scales
@@ -32,8 +33,9 @@ from bondsmith.tensor.rounding import Grid
 from bondsmith.tensor.sites import Sites
 
 METHOD = OURS
-# 2 brought packed modules and checksums, 3 their scales and centres in bfloat16. What has no packed module loads from all.
-FORMAT = 3
+# 2 brought packed modules and checksums, 3 their scales and centres in bfloat16, 4 experts with matrices of their own; what has none is
+# written as 3. What has no packed module loads from all.
+FORMAT, _WITHOUT_EXPERTS = 4, 3
 
 
 @register_quantization_config(METHOD)
@@ -47,6 +49,7 @@ class BondsmithConfig(QuantizationConfigMixin):
         weights_file: the file (or index) that holds the weights; None means the usual names of transformers.
         packed: module name -> grid ({"bits": 4, "group": 64, ...}), for dense matrices, cores of networks (`NAME.cores.K`,
             `NAME.network.cores.K`), rounded parts of hybrids (`NAME.rounded`) and the embedding.
+        split_experts: True where experts that transformers keeps in tensors of three dimensions have modules of their own.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class BondsmithConfig(QuantizationConfigMixin):
         networks: Mapping[str, Mapping[str, Any]] | None = None,
         weights_file: str | None = None,
         packed: Mapping[str, Mapping[str, Any]] | None = None,
+        split_experts: bool = False,
         **kwargs: Any,
     ):
         self.quant_method = METHOD
-        self.format = int(kwargs.pop("format", FORMAT))
+        self.split_experts = split_experts
+        self.format = int(kwargs.pop("format", FORMAT if split_experts else _WITHOUT_EXPERTS))
         self.networks = {name: dict(network) for name, network in (networks or {}).items()}
         self.packed = {name: dict(grid) for name, grid in (packed or {}).items()}
         self.weights_file = weights_file
@@ -66,10 +71,10 @@ class BondsmithConfig(QuantizationConfigMixin):
                 f"this model was written in bondsmith format {self.format}, this bondsmith reads up to {FORMAT}: "
                 "pip install --upgrade bondsmith"
             )
-        if self.packed and self.format < FORMAT:
+        if self.packed and self.format < _WITHOUT_EXPERTS:
             raise ValueError(
                 f"this model was written in bondsmith format {self.format}, whose scales were float16; this bondsmith reads packed "
-                f"matrices of format {FORMAT}: compress the model again"
+                f"matrices of format {_WITHOUT_EXPERTS}: compress the model again"
             )
         written = kwargs.pop("checksum", None)
         if written not in (None, self.checksum):
@@ -92,6 +97,7 @@ class BondsmithConfig(QuantizationConfigMixin):
             "networks": self.networks,
             "packed": self.packed,
             "checksum": self.checksum,
+            **({"split_experts": True} if self.split_experts else {}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -118,6 +124,8 @@ class BondsmithQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         replaced = {**config.networks, **config.packed}
+        if config.split_experts:
+            split_experts(model)
         replace_matrices(model, config.networks, config.packed)
         if checkpoint_files:
             packed = _state_names(model, config.packed)
@@ -130,6 +138,10 @@ class BondsmithQuantizer(HfQuantizer):
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(guard)}
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> list[Any]:
+        """Returns none: files carry the names of the modules, and transformers would merge experts again."""
+        return []
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -167,6 +179,7 @@ class BondsmithQuantizer(HfQuantizer):
                 model.set_submodule(name, as_conv1d(linear) if isinstance(_module(original, name), Conv1D) else linear)
             elif isinstance(module, PackedEmbedding):
                 unpack_embedding(model, name, like)
+        merge_experts(model)
         model.config.__dict__.pop("transformers_weights", None)
         model.config.__dict__.pop("auto_map", None)
         return model if plain is None else model.to(plain)

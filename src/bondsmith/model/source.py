@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bondsmith.model import digest, quantized
 from bondsmith.model.memory import return_free_memory
+from bondsmith.model.skeleton import fill, skeleton, stored_names
+from bondsmith.nn.experts import split_state
 
 log = logging.getLogger("bondsmith")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -80,54 +81,6 @@ class Source:
                         )
                     tensors[name] = tensor
         return tensors
-
-
-def skeleton(config: Any, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Returns the model of a configuration in eval mode with parameters on the meta device and real buffers (rotary tables).
-
-    Of what bondsmith compressed, with its networks.
-    """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            module._buffers[leaf] = None if buffer is None else buffer.to(device)
-    if quantized.method_of(config) == quantized.OURS:
-        from bondsmith.model.hub import replace_matrices  # which imports this module
-
-        replace_matrices(model, config.quantization_config["networks"])
-    return model.eval()
-
-
-def stored_names(model: nn.Module) -> list[str]:
-    """Returns the names a checkpoint of `model` must hold: parameters and persistent buffers, tied ones once."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return [name for name in model.state_dict() if name not in tied]
-
-
-def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
-    """Puts tensors, by their names inside `module`, in the place of its (meta) parameters and buffers; no gradients."""
-    for name, tensor in tensors.items():
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
-        else:
-            old = getattr(owner, leaf, None)
-            setattr(owner, leaf, tensor.to(device, tensor.dtype if old is None else old.dtype))
-
-
-def empty(module: nn.Module) -> None:
-    """Sends the parameters and saved buffers of `module` back to the meta device; their memory is free again. Tables stay."""
-    for owner in module.modules():
-        for leaf, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        for leaf, buffer in owner._buffers.items():
-            if buffer is not None and leaf not in owner._non_persistent_buffers_set:
-                owner._buffers[leaf] = buffer.to("meta")
 
 
 def load_whole(source: Source, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -257,12 +210,24 @@ def _places(name: str, weights: list[Path], model: PreTrainedModel) -> dict[str,
     prefix = model.base_model_prefix + "."
     places = {}
     for parameter in stored_names(model):
-        spellings = (parameter, parameter.removeprefix(prefix), prefix + parameter)
+        spellings = (parameter, parameter.removeprefix(prefix), prefix + parameter, _as_mixtral(parameter))
         key = next((s for s in spellings if s in keys), None)
         if key is None:
             return None
         places[parameter] = (keys[key], key)
     return places
+
+
+def _as_mixtral(name: str) -> str:
+    """Returns the name that Mixtral and those after it gave to a parameter of a mixture in their checkpoints."""
+    for ours, theirs in (
+        (".mlp.", ".block_sparse_moe."),
+        ("gate_proj.", "w1."),
+        ("down_proj.", "w2."),
+        ("up_proj.", "w3."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _indexed(weights: list[Path]) -> list[Path]:
@@ -338,12 +303,12 @@ def _write_copy(model: PreTrainedModel, cache: Path, files: tuple[Path, ...], to
         model.generation_config.save_pretrained(cache)
     if tokenizer is not None:
         load_tokenizer(tokenizer).save_pretrained(cache)
-    state = model.state_dict()
+    state = split_state(model)
     places: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    names = stored_names(model)
+    names = stored_names(model, state)
     for i, key in enumerate(names):
-        shard[key] = state[key].detach().cpu().contiguous()
+        shard[key] = state[key].detach().cpu().clone(memory_format=torch.contiguous_format)
         full = sum(t.numel() * t.element_size() for t in shard.values()) >= _SHARD_BYTES
         if full or i == len(names) - 1:
             file = f"copy-{len(set(places.values())):05d}.safetensors"
@@ -366,6 +331,11 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:  # the tokenizer classes raise many types; each means that there is none to use
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} has no tokenizer that transformers can open: {reason[:200]}") from error
+
+
+def tokenizer_of(model: str | Path | PreTrainedModel, source: Source) -> Any:
+    """Returns the tokenizer of what was opened as `source`: a model in memory names the place of its own."""
+    return load_tokenizer(Path(str(model.name_or_path)) if isinstance(model, PreTrainedModel) else source.path)
 
 
 def _source(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import matrices, shape, weight
+from bondsmith.nn.experts import all_tokens, routed
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Group:
         writes: True where the output goes into the residual stream (attention output, MLP output).
         last: True for the last group of the block.
         every_token: True where the input has one row per token; experts of a mixture see only some.
+        expert: path of the expert of a mixture that the matrices belong to, with a dot at its end, else empty.
     """
 
     names: tuple[str, ...]
@@ -31,6 +33,7 @@ class Group:
     writes: bool
     last: bool
     every_token: bool
+    expert: str = ""
 
 
 def trace_groups(block: nn.Module, run: Callable[[], Tensor]) -> list[Group]:
@@ -44,7 +47,8 @@ def trace_groups(block: nn.Module, run: Callable[[], Tensor]) -> list[Group]:
         for name, matrix in matrices(block).items()
     ]
     try:
-        out = run()
+        with all_tokens(block):
+            out = run()
     finally:
         for handle in handles:
             handle.remove()
@@ -56,14 +60,20 @@ def trace_groups(block: nn.Module, run: Callable[[], Tensor]) -> list[Group]:
             shared.append(([name], seen))
         elif name not in group:
             group.append(name)
-    table = matrices(block)
+    table, mixtures = matrices(block), routed(block)
+
+    def expert(name: str) -> str:
+        path = next((path for path in mixtures if name.startswith(path)), None)
+        return "" if path is None else path + name.removeprefix(path).partition(".")[0] + "."
+
     return [
         Group(
             tuple(names),
             seen.shape[-1],
             writes=i > 0 and len(names) == 1 and shape(table[names[0]])[0] == width,
             last=i == len(shared) - 1,
-            every_token=seen.shape[:-1].numel() == tokens,
+            every_token=seen.shape[:-1].numel() == tokens and not expert(names[0]),
+            expert=expert(names[0]),
         )
         for i, (names, seen) in enumerate(shared)
     ]
@@ -105,8 +115,8 @@ def find_hidden_bonds(block: nn.Module, groups: list[Group], run: Callable[[], T
     for before, group in pairwise(groups):
         reader, table = group.names[0], matrices(block)
         sizes = [shape(table[name])[0] for name in before.names]
-        alone = len(group.names) == 1 and group.every_token and before.every_token
-        if alone and all(size % group.in_features == 0 for size in sizes):
+        alike = (group.every_token and before.every_token) or (group.expert and group.expert == before.expert)
+        if len(group.names) == 1 and alike and all(size % group.in_features == 0 for size in sizes):
             bond = HiddenBond(before.names, reader, group.in_features)
             if _channels_are_apart(block, bond, group, run):
                 found.append(bond)
@@ -119,7 +129,7 @@ def _channels_are_apart(block: nn.Module, bond: HiddenBond, group: Group, run: C
         return False
     writers = [block.get_submodule(name) for name in bond.writers]
     rows = [bond.rows(odd, shape(m)[0]) for m in writers]
-    with capture_inputs(block, [group]) as seen:
+    with capture_inputs(block, [group]) as seen, all_tokens(block):
         run()
         plain = seen[0].clone()
         saved = [weight(m)[r].clone() for m, r in zip(writers, rows, strict=True)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bondsmith.model.checkpoint import write_json, write_shard
-from bondsmith.model.source import empty, stored_names
+from bondsmith.model.skeleton import empty, stored_names
 from bondsmith.model.tracing import capture_inputs
 from bondsmith.nn.packed import saved_state
 from bondsmith.stages import blockwise

@@ -101,7 +101,7 @@ def describe_run(
                 "bytes_fp32": 4 * total,
                 "bytes": source.stored_bytes,
                 "dtype": "GGUF" if source.files[0].suffix == ".gguf" else str(source.dtype).removeprefix("torch."),
-                "multiply_adds": before + head,
+                "multiply_adds": sum(m.dense_multiply_adds for m in plan.matrices) + head,
             },
             "compressed": {
                 "parameters": plan.parameters,
@@ -155,4 +155,5 @@ def _network(matrix: MatrixPlan, dtype: torch.dtype, error: float | None) -> dic
         "multiply_adds": matrix.multiply_adds,
         "dense_parameters": matrix.dense_parameters,
         "error": error,
+        **({"dense_multiply_adds": matrix.dense_multiply_adds} if matrix.tokens != 1 else {}),
     }

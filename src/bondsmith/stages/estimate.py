@@ -68,7 +68,7 @@ class Estimate:
     def multiply_adds(self) -> tuple[int, int]:
         """Multiply-adds a token before and after, matrices and head; attention scores come on top."""
         after = sum(m.multiply_adds for m in self.plan.matrices)
-        return self.facts.matrix_parameters + self.facts.head, after + self.facts.head
+        return self.facts.multiply_adds + self.facts.head, after + self.facts.head
 
     def tables(self) -> list[Table]:
         """Returns the table of sizes and that of needs."""
@@ -196,7 +196,9 @@ def _alike(facts: Facts, recipe: Recipe, dtype: torch.dtype) -> tuple[Plan, int]
         bits = grid.bits if grid else UNROUNDED
         own = recipe.changed(uniform=True, bits=(bits,), multiply_adds=None, loss=None)
         try:
-            plan = uniform_plan(facts.shapes, facts.other_parameters, own, dtype.itemsize, _tables(facts))
+            plan = uniform_plan(facts.shapes, facts.other_parameters, own, dtype.itemsize, _tables(facts)).with_shares(
+                facts.shares
+            )
         except PlanError as error:
             failed = error
             continue
@@ -339,7 +341,7 @@ def _seconds(facts: Facts, recipe: Recipe, plan: Plan, speed: Speed | None) -> d
     """Returns seconds by stage."""
     if speed is None:
         return None
-    inside, found = facts.matrix_parameters, {}
+    inside, found = facts.multiply_adds, {}
     if SELF in recipe.calibration:
         share = recipe.tokens // len(recipe.calibration)
         found["writing text"] = share * (inside + facts.head) * _FORWARD * 2.5 / speed.single

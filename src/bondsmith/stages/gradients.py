@@ -68,7 +68,7 @@ def blocks_together(runner: BlockRunner, load: Load, ids: Tensor, batch: int) ->
     """Returns how many of the last blocks may pass forward and back in one go, at least one: their weights, moments and what a pass back
     through them keeps of a batch take 2 GB and a quarter of what is free at most.
 
-    Every one of them saves a pass forward. Told from the first block.
+    Every one of them saves a pass forward. What is kept is told from the first block, the rest from the largest.
     """
     (block,) = load(range(1))
     device, kept = block_device(block), 0
@@ -81,11 +81,13 @@ def blocks_together(runner: BlockRunner, load: Load, ids: Tensor, batch: int) ->
     window = runner.enter(ids[:1])
     with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
         runner.block(0, ids[:1], window.detach().requires_grad_())
-    sizes = [shape(m) for m in matrices(block).values()]
-    moments = sum(4 * (rows**2 + columns**2) for rows, columns in sizes)
-    weights = sum(p.numel() * p.element_size() for p in block.parameters())
+    largest = 0  # its weights and moments; known of blocks without weights, too, and the first may be the smallest
+    for other in runner.blocks:
+        sizes = [shape(m) for m in matrices(other).values()]
+        weights = sum(p.numel() * p.element_size() for p in other.parameters())
+        largest = max(largest, weights + sum(4 * (rows**2 + columns**2) for rows, columns in sizes))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(max(1, min(len(runner), min(_TOGETHER, free // 4) // (weights + moments + batch * kept))))
+    return int(max(1, min(len(runner), min(_TOGETHER, free // 4) // (largest + batch * kept))))
 
 
 @torch.enable_grad()

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from bondsmith.model.blocks import shape
-from bondsmith.model.source import ModelError, skeleton
+from bondsmith.model.skeleton import skeleton
+from bondsmith.model.source import ModelError
+from bondsmith.nn.experts import token_shares
 from bondsmith.stages.matrix_plan import MatrixPlan
 from bondsmith.stages.wording import count, size
 from bondsmith.tensor.rounding import Grid
@@ -50,11 +52,12 @@ def _matrices(directory: Path, quantization: dict[str, Any]) -> list[MatrixPlan]
     model = skeleton(config)
     grids = {name: Grid(**grid) for name, grid in packed.items()}
     alone = [n for n in packed if not n.startswith(tuple(f"{name}." for name in networks)) and n not in networks]
-    found = []
+    found, shares = [], token_shares(model)
     for name in (*networks, *alone):
         module = model.get_submodule(name)
         if not isinstance(module, nn.Embedding):
-            found.append(_matrix(name, *shape(module), networks.get(name, {}), grids))
+            plan = _matrix(name, *shape(module), networks.get(name, {}), grids)
+            found.append(replace(plan, tokens=shares.get(name, 1.0)))
     return found
 
 
@@ -90,6 +93,7 @@ def _row(matrix: MatrixPlan, itemsize: int) -> dict[str, Any]:
         "bytes": matrix.tensor_bytes(itemsize),
         "multiply_adds": matrix.multiply_adds,
         "dense_parameters": matrix.dense_parameters,
+        "dense_multiply_adds": matrix.dense_multiply_adds,
         "error": None,
     }
 
@@ -115,6 +119,7 @@ def network_table(networks: Sequence[dict[str, Any]], metric: str) -> list[Table
         "networks", "parameters", "of dense", "bytes", "multiply-adds per token", "of dense", title="all matrices"
     )
     dense = sum(n["dense_parameters"] for n in networks)
+    full = sum(n.get("dense_multiply_adds", n["dense_parameters"]) for n in networks)
     kept, work = sum(n["parameters"] for n in networks), sum(n["multiply_adds"] for n in networks)
     total.add_row(
         str(len(networks)),
@@ -122,6 +127,6 @@ def network_table(networks: Sequence[dict[str, Any]], metric: str) -> list[Table
         f"{kept / dense:.3f}",
         size(sum(n["bytes"] for n in networks)),
         count(work),
-        f"{work / dense:.3f}",
+        f"{work / full:.3f}",
     )
     return [table, total]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bondsmith.model.blocks import BlockRunner
 from bondsmith.model.checkpoint import shard_name
-from bondsmith.model.source import Source, fill
+from bondsmith.model.skeleton import fill
+from bondsmith.model.source import Source
 from bondsmith.model.tracing import Group
 from bondsmith.recipe import Recipe
 from bondsmith.stages.moment_files import load_token_weights

@@ -11,7 +11,7 @@ from bondsmith.tensor.sites import Sites
 
 PIVOT_BYTES = 4  # a gauged network stores the order of its output rows as int32
 HEADER_BYTES = 192  # of a safetensors file per tensor: name, dtype, shape, offsets
-KEYS = ("name", "block", "shape", "sites", "bonds", "gauge", "rows", "columns", "grid", "base", "loss")
+KEYS = ("name", "block", "shape", "sites", "bonds", "gauge", "rows", "columns", "grid", "base", "loss", "tokens")
 
 
 class PlanError(ValueError):
@@ -22,10 +22,11 @@ class PlanError(ValueError):
 class MatrixPlan:
     """What becomes of one matrix: a network (`sites` and `bonds`) or the dense matrix (`sites` is None), rounded to a `grid` or not.
 
-    `parameters` are stored scalars, `multiply_adds` per token; a dense matrix has O * I of both. `loss` is the predicted loss in nats
-    a token, where there is a prediction. Embedding and head have `block` -1. Where hidden channels are dropped, `kept_rows` (of what
-    writes them) or `kept_columns` (of what reads them) says how many stay, and `sites` belong to the smaller matrix. With a `base` the
-    matrix is a hybrid: all of it rounded to that grid, and the network (a matrix cut without gauge) added to it.
+    `parameters` are stored scalars, `multiply_adds` per token of the model; a dense matrix has O * I of both. `loss` is the
+    predicted loss in nats a token, where there is a prediction. Embedding and head have `block` -1. Where hidden channels are
+    dropped, `kept_rows` (of what writes them) or `kept_columns` (of what reads them) says how many stay, and `sites` belong to
+    the smaller matrix. With a `base` the matrix is a hybrid: all of it rounded to that grid, and the network (a matrix cut
+    without gauge) added to it. `tokens` is the share of the tokens that reach it: less than 1 in experts of a mixture.
     """
 
     name: str
@@ -40,6 +41,7 @@ class MatrixPlan:
     kept_rows: int | None = None
     kept_columns: int | None = None
     base: Grid | None = None
+    tokens: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -72,10 +74,14 @@ class MatrixPlan:
 
     @property
     def multiply_adds(self) -> int:
-        dense = self.rows * self.columns
-        if self.sites is None:
-            return dense
-        return self.sites.multiply_adds(self.bonds, self.gauge) + (0 if self.base is None else dense)
+        once = self.rows * self.columns
+        if self.sites is not None:
+            once = self.sites.multiply_adds(self.bonds, self.gauge) + (0 if self.base is None else once)
+        return round(self.tokens * once)
+
+    @property
+    def dense_multiply_adds(self) -> int:
+        return round(self.tokens * self.dense_parameters)
 
     def bytes(self, itemsize: int) -> int:
         """Bytes in the weight file at `itemsize` bytes a number that is not rounded: numbers, scales, orders of rows, headers."""
@@ -153,6 +159,8 @@ class MatrixPlan:
             entry["base"] = self.base.to_json()
         if self.loss is not None:
             entry["loss"] = float(f"{self.loss:.6g}")
+        if self.tokens != 1:
+            entry["tokens"] = self.tokens
         return entry
 
     def network(self) -> dict[str, Any]:
@@ -190,6 +198,7 @@ class MatrixPlan:
             entry.get("rows"),
             entry.get("columns"),
             Grid(**entry["base"]) if entry.get("base") else None,
+            entry.get("tokens", 1.0),
         )
 
 

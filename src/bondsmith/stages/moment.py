@@ -6,6 +6,7 @@ Legend: `T` tokens, `I` in features.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 
@@ -54,6 +55,15 @@ class Moment:
         found._weight, found._rows = self._weight + sign * other._weight, self._rows + int(sign) * other._rows
         return found
 
+    def nothing(self) -> Tensor:
+        """The (features, features) identity: the moment of rows of which nothing is known."""
+        return torch.eye(len(self._sum), device=self._sum.device)
+
+    @property
+    def features(self) -> int:
+        """Of what is read."""
+        return len(self._sum)
+
     @property
     def weight(self) -> float:
         """Of all rows together."""
@@ -77,6 +87,22 @@ class Moment:
         if not math.isfinite(float(mean.sum())) and not torch.isfinite(mean).all():
             raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
         return mean
+
+
+def means_of(groups: Sequence[Group], moments: Sequence[Moment]) -> list[Tensor | None]:
+    """Returns the mean that each group has seen, None for one that saw no token.
+
+    An expert to which none was sent has that of all experts which read as much together, or the identity.
+    """
+    means: list[Tensor | None] = []
+    for group, moment in zip(groups, moments, strict=True):
+        if moment.seen or not group.expert:
+            means.append(moment.mean(group.names[0]) if moment.seen else None)
+            continue
+        peers = zip(groups, moments, strict=True)
+        seen = [m for g, m in peers if m.seen and g.expert and m.features == moment.features]
+        means.append(functools.reduce(Moment.plus, seen).mean(group.names[0]) if seen else moment.nothing())
+    return means
 
 
 def token_weights(hidden_TI: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from bondsmith.model.tracing import (
     find_hidden_bonds,
     trace_groups,
 )
-from bondsmith.stages.moment import Moment, gradient_weights, stream_weights
+from bondsmith.stages.moment import Moment, gradient_weights, means_of, stream_weights
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.hybrid import UnseenShares
 
@@ -204,15 +204,28 @@ class BlockSeen:
 
     def write(self, folder: Path) -> None:
         """Writes the moments and the structure of the block."""
-        pairs = zip(self.groups, self.C, strict=True)
-        found = {f"output.{name}": m.mean(name) for name, m in self.B.items() if m.seen}
+        means = means_of(self.groups, self.C)
+        found = {f"output.{name}": B for name, B in self._outputs().items()}
         found |= {f"left.{name}": m.shares.left() for name, m in self.B.items() if m.shares is not None}
-        found |= {f"input.{g.names[0]}": m.mean(g.names[0]) for g, m in pairs if m.seen}
+        found |= {f"input.{g.names[0]}": C for g, C in zip(self.groups, means, strict=True) if C is not None}
         found |= {f"weights.{name}": torch.cat(parts) for name, parts in self.weights.items()}
         inputs = {name: g.names[0] for g in self.groups for name in g.names}
         structure = {"inputs": inputs, "bonds": [asdict(b) for b in self.bonds]}
         write_json(folder / f"structure-{self.k}.json", structure)
         write_shard(folder / f"block-{self.k}.safetensors", found)
+
+    def _outputs(self) -> dict[str, Tensor]:
+        """`B` by matrix. An expert counts as often as tokens were sent to it; one that none was sent to counts as one like the others."""
+        tokens = self.ids.numel()
+        found = {name: m.mean(name, tokens) for name, m in self.B.items() if m.seen}
+        unseen = [name for group in self.groups if group.expert for name in group.names if name in self.B]
+        for name in [name for name in unseen if name not in found]:
+            leaf, rows = name.rpartition(".")[2], self.B[name].rows
+            alike = [n for n in found if n.rpartition(".")[2] == leaf and len(found[n]) == rows]
+            if alike:
+                total = sum((found[n] for n in alike[1:]), found[alike[0]].clone())
+                found[name] = total / sum(self.B[n].count for n in alike)
+        return found
 
 
 class _OutputMoment:
@@ -232,6 +245,16 @@ class _OutputMoment:
     def seen(self) -> bool:
         """True once there was a row."""
         return self._moment.seen
+
+    @property
+    def count(self) -> float:
+        """Of the rows."""
+        return self._moment.weight
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix."""
+        return shape(self.matrix)[0]
 
     @property
     def squares(self) -> Tensor:
@@ -254,10 +277,10 @@ class _OutputMoment:
             W = weight(self.matrix)
             self.shares = UnseenShares(self._moment.mean("gradients"), W.amax(1) - W.amin(1))
 
-    def mean(self, name: str) -> Tensor:
-        """Returns `B`, (O, O); ModelError as `Moment.mean`."""
+    def mean(self, name: str, tokens: int) -> Tensor:
+        """Returns `B`, (O, O), per token of the model, of which this matrix may have seen some; ModelError as `Moment.mean`."""
         B = self._moment.mean(name)
-        return B * (self._squares / self._moment.weight / max(float(B.trace()), 1e-300))
+        return B * (self._squares / tokens / max(float(B.trace()), 1e-300))
 
 
 def _watch_gradient(moment: _OutputMoment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

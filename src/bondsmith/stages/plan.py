@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,15 @@ class Plan:
                 f"other_parameters: the plan counts {self.other_parameters}, the model has {other_parameters} outside its matrices"
             )
 
+    def with_shares(self, shares: Mapping[str, float]) -> Plan:
+        """Returns the plan with the share of the tokens that each matrix sees, by name; all where it has none."""
+        matrices = tuple(replace(m, tokens=shares.get(m.name, 1.0)) for m in self.matrices)
+        return replace(self, matrices=matrices)
+
     def __str__(self) -> str:
         dense = sum(m.sites is None for m in self.matrices)
         before = sum(m.dense_parameters for m in self.matrices)
-        work = sum(m.multiply_adds for m in self.matrices)
+        work, full = sum(m.multiply_adds for m in self.matrices), sum(m.dense_multiply_adds for m in self.matrices)
         stored = "" if self.itemsize is None else f" in {size(self.bytes(self.itemsize))}"
         needs = "" if self.needs is None else f"; {self.needs}"
         loss = "" if self.loss is None else f", predicted loss {self.loss:.4f} nats a token (gap {self.gap or 0:.1g})"
@@ -190,7 +195,7 @@ class Plan:
         return (
             f"{len(self.matrices)} matrices ({dense} stay dense): keep {self.keep:.3f}, "
             f"{self.parameters / 1e6:.1f} M parameters of {(self.other_parameters + before) / 1e6:.1f} M{stored}, "
-            f"{work / 1e6:.1f} M multiply-adds a token in the matrices ({work / before:.2f} of them){rounded}{loss}{needs}"
+            f"{work / 1e6:.1f} M multiply-adds a token in the matrices ({work / full:.2f} of them){rounded}{loss}{needs}"
         )
 
 

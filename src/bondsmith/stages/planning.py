@@ -84,7 +84,7 @@ def planned(profile: Profile, recipe: Recipe) -> Plan:
     for pattern in recipe.bounds:
         if not any(fnmatch(name, pattern) for name in shapes):
             raise RecipeError(f"bounds: {pattern!r} matches no matrix; names look like {next(iter(shapes))!r}")
-    entries = {name: MatrixPlan(name, *dims) for name, dims in shapes.items()}
+    entries = {name: MatrixPlan(name, *dims, tokens=profile.shares.get(name, 1.0)) for name, dims in shapes.items()}
     tables = [MatrixPlan(t.name, -1, t.rows, t.columns) for t in profile.tables] if recipe.rounds else []
     options = _options(entries, recipe, profile)
     options += [_table(t, plan, recipe) for t, plan in zip(profile.tables, tables, strict=False)]
@@ -218,7 +218,7 @@ def _budgets(
     if recipe.keep is not None:
         found["parameters"] = recipe.keep * (dense - spared) + spared
     if recipe.multiply_adds is not None:
-        found["multiply_adds"] = recipe.multiply_adds * dense
+        found["multiply_adds"] = recipe.multiply_adds * sum(m.dense_multiply_adds for m in entries)
     if recipe.bytes is not None:
         fixed = _fixed_bytes(tables, profile)
         found["bytes"] = parse_bytes(recipe.bytes, profile.other_parameters + dense) - fixed

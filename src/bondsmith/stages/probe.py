@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bondsmith.model.blocks import BlockRunner, replaced_weight, shape, weight
-from bondsmith.model.source import ModelError, Source, empty, fill, stored_names
+from bondsmith.model.skeleton import empty, fill, stored_names
+from bondsmith.model.source import ModelError, Source
 from bondsmith.stages.streams import Stream
 
 Change = Callable[[Tensor], Tensor] | Tensor

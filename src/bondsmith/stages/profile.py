@@ -107,6 +107,7 @@ class Profile:
         bonds: the hidden bonds, by block; empty where channels are not to be dropped.
         metric: loss, input or frobenius; only `loss` predicts nats, the others relative squared errors.
         tokens: calibration tokens behind it.
+        shares: of the tokens that reach a matrix, where it is not all: experts of a mixture.
     """
 
     model: str
@@ -117,6 +118,7 @@ class Profile:
     matrices: tuple[MatrixProfile, ...]
     bonds: tuple[BondProfile, ...] = ()
     tables: tuple[TableProfile, ...] = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def blank(
@@ -163,6 +165,7 @@ class Profile:
         write_shard(directory / "profile.safetensors", spectra)
         content = {"format": FORMAT, "model": self.model, "itemsize": self.itemsize, "metric": self.metric}
         content |= {"tokens": self.tokens, "other_parameters": self.other_parameters}
+        content |= {"shares": dict(self.shares)} if self.shares else {}
         content |= {"tables": [_table_row(t) for t in self.tables], "bonds": [_bond_row(b) for b in self.bonds]}
         write_json(directory / "profile.json", content | {"matrices": [_row(m) for m in self.matrices]})
 
@@ -190,6 +193,7 @@ class Profile:
             matrices,
             bonds,
             tables,
+            content.get("shares", {}),
         )
 
     def table(self) -> Table:

@@ -21,7 +21,7 @@ from bondsmith.model.tracing import Group, added_to_stream, capture_inputs, trac
 from bondsmith.rundir import log
 from bondsmith.stages.job import Job
 from bondsmith.stages.matrix_plan import MatrixPlan
-from bondsmith.stages.moment import Moment, stream_weights
+from bondsmith.stages.moment import Moment, means_of, stream_weights
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.fit import output_difference, shifted_target
 from bondsmith.tensor.regression import Choice, LeftOut
@@ -73,10 +73,14 @@ def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting) -> N
     added = added_to_stream(original, every, entering, lambda: job.runner.block(k, job.windows(0, 1), entering))
     trains = bool(job.recipe.blockwise and groups)  # then what leaves the block is computed after the training
     leaves = k + 1 < len(job.runner) and not trains
-    last = None
+    last, fitted = None, list[Group]()
     if leaves and groups and groups[-1].last and groups[-1].names[0] in added:
         last = _LastMatrix.of(job, groups[-1].names[0], fitting.block)
     for group, before in zip(groups, inputs, strict=True):
+        if group.expert:
+            if group not in fitted:
+                fitted += _fit_experts(job, k, groups, group, fitting)
+            continue
         ending = last if group.last else None
         corrects = bool(job.recipe.stream_strength) and group.names[0] in added
         compared = shape(fitting.block.get_submodule(group.names[0]))[1] != group.in_features
@@ -87,6 +91,29 @@ def fit_propagated(job: Job, k: int, original: nn.Module, fitting: Fitting) -> N
         last.finish(fitting.block, job.stream("compressed", k + 1))
     elif leaves:
         leave(job, k, fitting.block)
+
+
+def _fit_experts(job: Job, k: int, groups: list[Group], first: Group, fitting: Fitting) -> list[Group]:
+    """Fits all experts that come with `first` in one pass: they do not read one another; returns their groups.
+
+    They make up for nothing that was lost before, as the tokens that were sent to one are others in the compressed model.
+    """
+    name = first.names[0].removeprefix(first.expert)
+    together = [g for g in groups if g.expert and g.names[0].removeprefix(g.expert) == name]
+    xh, moments = (
+        job.stream("compressed", k),
+        [Moment(shape(fitting.block.get_submodule(g.names[0]))[1], job.device) for g in together],
+    )
+    for start, count in job.fitted():
+        with capture_inputs(fitting.block, together) as seen:
+            job.runner.block(k, job.windows(start, count), job.rows(xh, start, count), fitting.block)
+        for i, rows in seen.items():
+            moments[i].add(rows)
+    for group, C in zip(together, means_of(together, moments), strict=True):
+        for name in group.names:
+            if name in fitting.planned:
+                fitting.put(name, C, None)
+    return together
 
 
 @torch.no_grad()

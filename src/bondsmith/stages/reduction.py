@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bondsmith.model.blocks import shape, weight
 from bondsmith.model.memory import fitting_memory
-from bondsmith.model.source import ModelError, empty
+from bondsmith.model.skeleton import empty
+from bondsmith.model.source import ModelError
 from bondsmith.model.tracing import HiddenBond, find_hidden_bonds, trace_groups
 from bondsmith.stages.fast_profile import channel_counts
 from bondsmith.stages.fitting import dense_layer

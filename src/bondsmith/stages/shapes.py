@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bondsmith.model.blocks import BlockRunner, matrices, shape
-from bondsmith.model.source import stored_names
+from bondsmith.model.skeleton import stored_names
 from bondsmith.stages.matrix_plan import MatrixPlan
 
 
