@@ -47,6 +47,30 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
+_MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+    "bamba": {"num_key_value_heads": 2, "attn_layer_indices": [1], **_MAMBA},
+    "falcon_h1": {"num_key_value_heads": 2, "head_dim": 8, "mamba_d_ssm": 64, **_MAMBA},
+    "lfm2": {
+        "num_key_value_heads": 2,
+        "full_attn_idxs": [1],
+        "block_ff_dim": 64,
+        "block_auto_adjust_ff_dim": False,
+    },
+    "qwen3_next": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        **_DELTA,
+    },
+    "doge": {"num_key_value_heads": 2},
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
@@ -62,7 +86,7 @@ def tiny_config(family: str, **overrides: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    settings = FAMILIES[family] if family == "gpt2" else common | (FAMILIES | MIXTURES)[family]
+    settings = FAMILIES[family] if family == "gpt2" else common | (FAMILIES | MIXTURES | HYBRIDS).get(family, {})
     if family == "gpt2":
         settings = settings | {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(family, **(settings | overrides))

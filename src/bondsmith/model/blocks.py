@@ -63,15 +63,17 @@ def _multiplies(matrix: nn.Module) -> bool:
 
 def fused_experts(model: nn.Module, name: str) -> int:
     """Returns the numbers in tensors of three dimensions (experts of a mixture), which nothing here changes; warns of them."""
-    parameters = list(model.parameters())
-    found = sum(p.numel() for p in parameters if p.dim() > 2)
+    fixed = [
+        p for m in model.modules() if not isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)
+    ]
+    found = sum(p.numel() for p in fixed if p.dim() > 2)
     if found:
         log.warning(
             "%s: %.3g of its %.3g parameters are experts stored as tensors of three dimensions. They stay as they are: "
             "keep counts the other matrices only, and multiply-adds leave them out",
             name,
             found,
-            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in model.parameters()),
         )
     return found
 
@@ -144,7 +146,7 @@ class BlockRunner:
     def __init__(self, model: PreTrainedModel, path: str | None = None):
         self.model = model
         self.path = path or find_blocks(model)
-        self._tuples = False
+        self._returns = 0  # things in the tuple that a block returns; 0 where it returns the hidden state alone
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -155,7 +157,7 @@ class BlockRunner:
         return len(self.blocks)
 
     def enter(self, ids: Tensor) -> Tensor:
-        """Returns the hidden state that goes into the first block."""
+        """Returns the hidden state that goes into the first block; ModelError if it is not one row per token."""
         kept: list[Tensor] = []
 
         def act(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
@@ -163,32 +165,54 @@ class BlockRunner:
             raise _StopError
 
         self._drive(ids, {0: act})
+        if kept[0].dim() != 3:
+            raise ModelError(
+                f"{type(self.model).__name__}: its blocks pass on hidden states of shape {tuple(kept[0].shape)} for token ids of shape "
+                f"{tuple(ids.shape)}; only one row per token, {(*ids.shape, kept[0].shape[-1])}, can be compressed"
+            )
         return kept[0]
 
     def block(self, index: int, ids: Tensor, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
         """Returns the hidden state after block `index`, or after `module` in its place, for `hidden` going in."""
         kept: list[Tensor] = []
+        reached = False
 
         def act(arrived: Tensor, run: Callable[[Tensor], Any]) -> Any:
+            nonlocal reached
             if arrived.shape != hidden.shape:
                 raise _WrongReturnError
+            reached = True
             out = run(hidden)
-            self._tuples = isinstance(out, tuple)
-            kept.append(out[0] if isinstance(out, tuple) else out)
+            kept.append(self._hidden(out))
             raise _StopError
 
-        try:
-            self._drive(ids, {index: act}, {index: module} if module is not None else {})
-        except _WrongReturnError:  # the model indexes what its blocks return
-            self._tuples = not self._tuples
-            self._drive(ids, {index: act}, {index: module} if module is not None else {})
-        return kept[0]
+        for returns in dict.fromkeys((self._returns, 0, 1, 2, 3)):  # which it is shows when a block has run
+            self._returns = returns
+            try:
+                self._drive(ids, {index: act}, {index: module} if module is not None else {})
+                return kept[0]
+            except (_WrongReturnError, ValueError, TypeError):
+                if reached or not index:
+                    raise
+        raise ModelError(
+            f"{type(self.model).__name__}: what its blocks return is neither a hidden state nor a tuple that begins with one"
+        )
+
+    def _hidden(self, out: Any) -> Tensor:
+        """The hidden state in what a block returned, which is remembered."""
+        self._returns = len(out) if isinstance(out, tuple) else 0
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """What a block that does nothing would return."""
+        return (hidden, *[None] * (self._returns - 1)) if self._returns else hidden
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Returns the logits (windows, tokens, vocabulary) for the hidden state after the last block."""
 
         def act(arrived: Tensor, run: Callable[[Tensor], Any]) -> Any:
-            return (hidden,) if self._tuples else hidden
+            return self._returned(hidden)
 
         out: Tensor = self._drive(ids, {len(self) - 1: act}).logits
         return out
@@ -221,9 +245,9 @@ class BlockRunner:
 
         def before(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
             if key in known:
-                return (hidden,) if self._tuples else hidden
+                return self._returned(hidden)
             out = run(hidden)
-            self._tuples = isinstance(out, tuple)
+            self._hidden(out)
             return out
 
         def at(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
@@ -251,7 +275,7 @@ class BlockRunner:
         originals = list(blocks)
 
         def passing(hidden: Tensor, run: Callable[[Tensor], Any]) -> Any:
-            return (hidden,) if self._tuples else hidden
+            return self._returned(hidden)
 
         try:
             for i, original in enumerate(originals):
@@ -263,4 +287,4 @@ class BlockRunner:
 
 
 class _WrongReturnError(Exception):
-    """A block's stand-in returned a tensor where the model expects a tuple, or the other way round."""
+    """A block's stand-in returned something else than the model expects, which took a part of it for the hidden state."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -108,41 +107,97 @@ class HiddenBond:
 def find_hidden_bonds(block: nn.Module, groups: list[Group], run: Callable[[], Tensor]) -> list[HiddenBond]:
     """Returns the bonds of a block whose channels can be dropped one by one; `run` gives the hidden state that leaves it.
 
-    That a channel reaches only its own column of the reader's input is tried: every other one is scaled in the writers, and the rest
-    must stay as it was. An MLP passes, attention does not.
+    It is tried: with every other channel dropped, the others must reach the reader as before, and the block give what it gives when the
+    reader takes nothing from those. An MLP passes, attention does not, nor does what has parameters for every channel between writers
+    and reader (convolutions, norms).
     """
-    found = []
-    for before, group in pairwise(groups):
-        reader, table = group.names[0], matrices(block)
-        sizes = [shape(table[name])[0] for name in before.names]
-        alike = (group.every_token and before.every_token) or (group.expert and group.expert == before.expert)
-        if len(group.names) == 1 and alike and all(size % group.in_features == 0 for size in sizes):
-            bond = HiddenBond(before.names, reader, group.in_features)
-            if _channels_are_apart(block, bond, group, run):
-                found.append(bond)
+    found: list[HiddenBond] = []
+    of_experts: dict[tuple[str, str, int], HiddenBond | None] = {}
+    for i, group in enumerate(groups):
+        if len(group.names) > 1:
+            continue
+        inner = group.names[0].removeprefix(group.expert)
+        kind = group.expert.rstrip(".").rpartition(".")[0], inner, group.in_features  # experts of a mixture are alike
+        if not group.expert or kind not in of_experts:
+            bond = _bond_to(block, group, groups[:i], run)
+            if bond and group.expert:
+                bond = HiddenBond(tuple(n.removeprefix(group.expert) for n in bond.writers), inner, bond.channels)
+            of_experts[kind] = bond
+        if (bond := of_experts[kind]) is not None:
+            found.append(bond.inside(group.expert))
     return found
 
 
+def _bond_to(block: nn.Module, group: Group, earlier: list[Group], run: Callable[[], Tensor]) -> HiddenBond | None:
+    """Returns the bond from matrices of an earlier group to `group`, tried from the nearest on."""
+    table = matrices(block)
+    for before in reversed(earlier):
+        alike = (group.every_token and before.every_token) or (group.expert and group.expert == before.expert)
+        fit = [name for name in before.names if shape(table[name])[0] % group.in_features == 0]
+        if not alike or not fit:
+            continue
+        if len(fit) > 1:
+            fit = [name for name in fit if _reaches(block, name, group, run)]
+        bond = HiddenBond(tuple(fit), group.names[0], group.in_features)
+        if fit and _channels_are_apart(block, bond, group, run):
+            return bond
+    return None
+
+
+def _tried(
+    block: nn.Module, group: Group, modules: dict[str, nn.Linear], run: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Returns what `group` reads and what leaves the block with some of its matrices replaced meanwhile."""
+    originals = {name: block.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        block.set_submodule(name, module)
+    try:
+        with capture_inputs(block, [group]) as seen, all_tokens(block):
+            out = run()
+    finally:
+        for name, original in originals.items():
+            block.set_submodule(name, original)
+    return seen[0], out
+
+
+def _reaches(block: nn.Module, name: str, group: Group, run: Callable[[], Tensor]) -> bool:
+    """Returns whether what `group` reads depends on the matrix `name`."""
+    other = _part(block.get_submodule(name))
+    other.weight *= 0.5
+    return not torch.equal(_tried(block, group, {name: other}, run)[0], _tried(block, group, {}, run)[0])
+
+
 def _channels_are_apart(block: nn.Module, bond: HiddenBond, group: Group, run: Callable[[], Tensor]) -> bool:
-    odd = torch.arange(1, bond.channels, 2)
-    if not len(odd):
+    even = torch.arange(0, bond.channels, 2)
+    if len(even) == bond.channels:
         return False
-    writers = [block.get_submodule(name) for name in bond.writers]
-    rows = [bond.rows(odd, shape(m)[0]) for m in writers]
-    with capture_inputs(block, [group]) as seen, all_tokens(block):
-        run()
-        plain = seen[0].clone()
-        saved = [weight(m)[r].clone() for m, r in zip(writers, rows, strict=True)]
-        for m, r in zip(writers, rows, strict=True):
-            weight(m)[r] *= 1.5
-        try:
-            run()
-            scaled = seen[0]
-        finally:
-            for m, r, values in zip(writers, rows, saved, strict=True):
-                weight(m)[r] = values
-    changed = (scaled - plain).abs().amax(0) > 1e-5 * plain.abs().max()
-    return not changed[::2].any() and bool(changed[1::2].any())
+    table = matrices(block)
+    silent = _part(table[bond.reader])
+    silent.weight[:, 1::2] = 0
+    narrow = {name: _part(table[name], bond.rows(even, shape(table[name])[0])) for name in bond.writers}
+    narrow[bond.reader] = _part(table[bond.reader], columns=even)
+    whole, out = _tried(block, group, {bond.reader: silent}, run)
+    try:
+        found = _tried(block, group, narrow, run)
+    except (RuntimeError, ValueError, IndexError):  # something between or beside them counts on all channels
+        return False
+    return _alike(found[0], whole[:, even]) and _alike(found[1], out)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    within = torch.finfo(b.dtype).eps ** 0.7  # 1e-5 in float32: sums of other lengths round differently
+    return a.shape == b.shape and bool(((a - b).abs() <= within * b.abs().max()).all())
+
+
+def _part(matrix: nn.Module, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> nn.Linear:
+    """Returns a copy of some rows and columns of a matrix, as a module."""
+    part, bias = weight(matrix)[rows][:, columns].clone(), matrix.bias
+    linear = nn.Linear(part.shape[1], part.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(part.contiguous(), requires_grad=False)
+    if bias is not None:
+        assert isinstance(bias, Tensor)
+        linear.bias = nn.Parameter(bias[rows], requires_grad=False)
+    return linear
 
 
 @torch.no_grad()

@@ -75,7 +75,10 @@ class Moment:
         return self._rows > 0
 
     def mean(self, name: str) -> Tensor:
-        """Returns the (features, features) mean; ModelError names the matrix if it is not finite or has seen no token."""
+        """Returns the (features, features) mean; ModelError names the matrix if it is not finite or has seen no token.
+
+        Where all rows were zero it is the identity: nothing is known of such a matrix.
+        """
         if not self.seen:
             raise ModelError(f"{name}: no calibration token reached this matrix; calibrate on more or other text")
         if self._lower:
@@ -86,7 +89,7 @@ class Moment:
         mean = self._sum / self._weight if self._weight else torch.full_like(self._sum, torch.nan)
         if not math.isfinite(float(mean.sum())) and not torch.isfinite(mean).all():
             raise ModelError(f"{name}: the second moment of its input is not finite; an activation before it overflows")
-        return mean
+        return self.nothing() if self._lower and not mean.diagonal().any() else mean
 
 
 def means_of(groups: Sequence[Group], moments: Sequence[Moment]) -> list[Tensor | None]:

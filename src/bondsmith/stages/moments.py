@@ -7,6 +7,7 @@ Legend: `T` tokens, `I` in features, `O` out features. Hidden states stream from
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +31,8 @@ from bondsmith.model.tracing import (
 from bondsmith.stages.moment import Moment, gradient_weights, means_of, stream_weights
 from bondsmith.stages.streams import Stream
 from bondsmith.tensor.hybrid import UnseenShares
+
+log = logging.getLogger("bondsmith")
 
 _OVERFLOW = 1e18  # the square of an activation this large leaves float32 in a sum
 _FEW = 64  # tokens on which it is tried what a block does with what its matrices give
@@ -278,9 +281,17 @@ class _OutputMoment:
             self.shares = UnseenShares(self._moment.mean("gradients"), W.amax(1) - W.amin(1))
 
     def mean(self, name: str, tokens: int) -> Tensor:
-        """Returns `B`, (O, O), per token of the model, of which this matrix may have seen some; ModelError as `Moment.mean`."""
+        """Returns `B`, (O, O), per token of the model, of which this matrix may have seen some; ModelError as `Moment.mean`.
+
+        The identity, by which a plan keeps the matrix, where no gradient came: it may matter to longer or other text.
+        """
         B = self._moment.mean(name)
-        return B * (self._squares / tokens / max(float(B.trace()), 1e-300))
+        if not self._squares:
+            log.warning(
+                "%s: no gradient reached it on the calibration text, which so does not say what it is worth", name
+            )
+            return B
+        return B * (self._squares / tokens / float(B.trace()))
 
 
 def _watch_gradient(moment: _OutputMoment) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
