@@ -120,6 +120,28 @@ def test_every_expert_has_hidden_channels_of_its_own() -> None:
     ]
 
 
+@torch.no_grad()
+def test_channels_are_tried_in_one_expert_for_all() -> None:
+    passes = {}
+    for number in (4, 8):
+        model = tiny_model("qwen3_moe", num_experts=number)
+        state = split_state(model)
+        split_experts(model)
+        model.load_state_dict(state, assign=True)
+        runner, ids, runs = BlockRunner(model), IDS[:1], 0
+        hidden = runner.block(0, ids, runner.enter(ids))
+
+        def run(runner: BlockRunner = runner, ids: torch.Tensor = ids, hidden: torch.Tensor = hidden) -> torch.Tensor:
+            nonlocal runs
+            runs += 1
+            return runner.block(1, ids, hidden)
+
+        groups = trace_groups(runner.blocks[1], run)
+        assert len(find_hidden_bonds(runner.blocks[1], groups, run)) == number
+        passes[number] = runs
+    assert passes[4] == passes[8]
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"keep": 0.6}, {"bytes": "0.3"}, {"keep": 0.6, "blockwise": 1}, {"keep": 0.6, "metric": "input"}],

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 
 from bondsmith.model.source import ModelError, load_tokenizer
-from bondsmith.nn.packed import is_packed
+from bondsmith.nn.packed import is_packed, widen
 
 
 class Conversation:
@@ -29,6 +29,7 @@ class Conversation:
             raise ModelError(f"{name}: {str(error).strip().splitlines()[0]}") from error
         if not gpu and is_packed(model):  # float32 is fastest on a CPU, but for the kernels of packed weights
             model = model.to(torch.bfloat16)
+            widen(model)
         self.model: PreTrainedModel = model.to("cuda") if gpu else model
         self.tokenizer = load_tokenizer(Path(name))
         self.turns: list[dict[str, str]] = []
