@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import IDS, logits, save_tiny, write_text
+from conftest import IDS, logits, save_tiny, tiny_model, write_text
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bondsmith
@@ -38,6 +39,16 @@ def test_the_hidden_bond_is_found_and_attention_is_not(family: tuple[PreTrainedM
         (bond,) = find_hidden_bonds(runner.blocks[0], groups, lambda: runner.block(0, IDS, hidden))
     assert bond.channels == 64
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # trying it left no trace
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_an_odd_number_of_channels(family: str) -> None:
+    model = tiny_model(family, **({"n_inner": 63} if family == "gpt2" else {"intermediate_size": 63}))
+    runner = BlockRunner(model)
+    run = partial(runner.block, 0, IDS, runner.enter(IDS))
+    (bond,) = find_hidden_bonds(runner.blocks[0], trace_groups(runner.blocks[0], run), run)
+    assert bond.channels == 63
 
 
 @pytest.mark.parametrize("propagate", [True, False])

@@ -137,7 +137,7 @@ def _bond_to(block: nn.Module, group: Group, earlier: list[Group], run: Callable
         if not alike or not fit:
             continue
         if len(fit) > 1:
-            fit = [name for name in fit if _reaches(block, name, group, run)]
+            fit = _reaching(block, fit, group, run)
         bond = HiddenBond(tuple(fit), group.names[0], group.in_features)
         if fit and _channels_are_apart(block, bond, group, run):
             return bond
@@ -160,28 +160,47 @@ def _tried(
     return seen[0], out
 
 
-def _reaches(block: nn.Module, name: str, group: Group, run: Callable[[], Tensor]) -> bool:
-    """Returns whether what `group` reads depends on the matrix `name`."""
-    other = _part(block.get_submodule(name))
-    other.weight *= 0.5
-    return not torch.equal(_tried(block, group, {name: other}, run)[0], _tried(block, group, {}, run)[0])
+def _reaching(block: nn.Module, names: list[str], group: Group, run: Callable[[], Tensor]) -> list[str]:
+    """Returns those of the matrices on which depends what `group` reads."""
+    plain, _ = _tried(block, group, {}, run)
+    found = []
+    for name in names:
+        handle = block.get_submodule(name).register_forward_hook(lambda _, args, out: out / 2)
+        try:
+            changed, _ = _tried(block, group, {}, run)
+        finally:
+            handle.remove()
+        if not torch.equal(changed, plain):
+            found.append(name)
+    return found
 
 
 def _channels_are_apart(block: nn.Module, bond: HiddenBond, group: Group, run: Callable[[], Tensor]) -> bool:
-    even = torch.arange(0, bond.channels, 2)
-    if len(even) == bond.channels:
+    if bond.channels < 2:
         return False
-    table = matrices(block)
-    silent = _part(table[bond.reader])
-    silent.weight[:, 1::2] = 0
-    narrow = {name: _part(table[name], bond.rows(even, shape(table[name])[0])) for name in bond.writers}
-    narrow[bond.reader] = _part(table[bond.reader], columns=even)
-    whole, out = _tried(block, group, {bond.reader: silent}, run)
+    table, columns = matrices(block), slice(0, None, 2)
+    even = torch.arange(bond.channels)[columns]
+
+    def silence(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        kept = torch.zeros_like(args[0])
+        kept[..., columns] = args[0][..., columns]
+        return kept, *args[1:]
+
+    handle = table[bond.reader].register_forward_pre_hook(silence)
+    try:
+        whole, out = _tried(block, group, {}, run)
+    finally:
+        handle.remove()
+    narrow = {}
+    for name in bond.writers:
+        rows = columns if bond.channels % 2 == 0 else bond.rows(even, shape(table[name])[0])
+        narrow[name] = _part(table[name], rows)
+    narrow[bond.reader] = _part(table[bond.reader], columns=columns)
     try:
         found = _tried(block, group, narrow, run)
-    except (RuntimeError, ValueError, IndexError):  # something between or beside them counts on all channels
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # something counts on all channels
         return False
-    return _alike(found[0], whole[:, even]) and _alike(found[1], out)
+    return _alike(found[0], whole[:, columns]) and _alike(found[1], out)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -189,11 +208,11 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a - b).abs() <= within * b.abs().max()).all())
 
 
-def _part(matrix: nn.Module, rows: Tensor | slice = slice(None), columns: Tensor | slice = slice(None)) -> nn.Linear:
-    """Returns a copy of some rows and columns of a matrix, as a module."""
-    part, bias = weight(matrix)[rows][:, columns].clone(), matrix.bias
+def _part(matrix: nn.Module, rows: Tensor | slice = slice(None), columns: slice = slice(None)) -> nn.Linear:
+    """Returns some rows and columns of a matrix as a module; they are a view of its weight where `rows` is a slice."""
+    part, bias = weight(matrix)[rows, columns], matrix.bias
     linear = nn.Linear(part.shape[1], part.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(part.contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(part, requires_grad=False)
     if bias is not None:
         assert isinstance(bias, Tensor)
         linear.bias = nn.Parameter(bias[rows], requires_grad=False)
