@@ -130,19 +130,21 @@ class PackedMatrix(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
             y: Tensor = _Multiply.apply(x, self, self.scales, self.centres)
             return y
+        if x.dim() == 2:
+            return self._multiply_flat(x)
         return self._multiply_flat(x.reshape(-1, self.columns)).reshape(*x.shape[:-1], self.rows)
 
     def _multiply_flat(self, x: Tensor) -> Tensor:
-        low = x.dtype == torch.bfloat16
+        low, codes = x.dtype == torch.bfloat16, self.codes
         if x.device.type == "cpu":
-            if code_order.order(self.codes) == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
+            if code_order.order(codes) == "cpu" or (low and kernels.has_int4(self.grid, self.rows, self.columns)):
                 return self._multiply_int4(x.contiguous())
             few = low and x.shape[0] <= kernels.INT8_UP_TO
             if few and kernels.has_int8(self.grid, self.rows, self.columns):
-                if not kernels.is_aligned(self.codes):  # as read from a file
+                if not kernels.is_aligned(codes):  # as read from a file
                     with torch.inference_mode(False):
-                        self.codes = self.codes.clone()
-                return kernels.int8_matmul(x, self.codes, self.scales[:, 0].to(SCALE_DTYPE))
+                        self.codes = codes = codes.clone()
+                return kernels.int8_matmul(x, codes, self.scales.reshape(-1).to(SCALE_DTYPE))
         few = low and x.device.type == "cuda" and x.shape[0] <= cuda_int4.UP_TO
         if few and cuda_int4.has_int4(self.grid, self.rows, self.columns, x.device):
             self._bring_into("cuda")
@@ -177,7 +179,8 @@ class PackedMatrix(nn.Module):
 
     def _bring_into(self, order: str) -> None:
         """Has codes, scales and centres as a kernel reads them; each is replaced at once, as others may be reading."""
-        if code_order.order(self.codes) == order and (order != "cpu" or kernels.is_of_this_machine(self.codes)):
+        codes = self.codes
+        if code_order.order(codes) == order and (order != "cpu" or kernels.is_of_this_machine(codes)):
             return
         with torch.inference_mode(False):
             packed = self.packed_codes()
