@@ -130,8 +130,6 @@ class PackedMatrix(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
             y: Tensor = _Multiply.apply(x, self, self.scales, self.centres)
             return y
-        if x.dim() == 2:
-            return self._multiply_flat(x)
         return self._multiply_flat(x.reshape(-1, self.columns)).reshape(*x.shape[:-1], self.rows)
 
     def _multiply_flat(self, x: Tensor) -> Tensor:
@@ -179,8 +177,7 @@ class PackedMatrix(nn.Module):
 
     def _bring_into(self, order: str) -> None:
         """Has codes, scales and centres as a kernel reads them; each is replaced at once, as others may be reading."""
-        codes = self.codes
-        if code_order.order(codes) == order and (order != "cpu" or kernels.is_of_this_machine(codes)):
+        if code_order.order(self.codes) == order and (order != "cpu" or kernels.is_of_this_machine(self.codes)):
             return
         with torch.inference_mode(False):
             packed = self.packed_codes()
